@@ -1,0 +1,156 @@
+"""The recipe sections `data`, `views` and `masks`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from ..settings import Settings
+
+Share = Annotated[float, Field(ge=0, le=1)]
+PerCrop = Share | list[Share]
+"""one probability for every crop of the group, or a list with one a crop"""
+
+
+class ProbeSettings(Settings):
+    """Labelled images that the k-NN probe looks at while training."""
+
+    source: str | list[str] | None = None
+    """labelled training images of the probe, in any form `data.source` takes; null: the labels of `data.source`"""
+    split: str = "train"
+    test_source: str | list[str] | None = None
+    """labelled test images; null: `test_split` of the same source"""
+    test_split: str = "test"
+    image: str | None = None
+    label: str | None = None
+    train_images: int = Field(10_000, ge=1)
+    """how many training images the probe reads at most"""
+    test_images: int = Field(2_000, ge=1)
+    size: int | list[int] | None = None
+    """side in pixels; null: the size of the first view"""
+
+
+class DataSettings(Settings):
+    """Where images come from. Labels are optional everywhere."""
+
+    source: str | list[str]
+    """a folder (recursive), a list of folders, a .txt list of files, a Hub data set name, parquet / arrow files, a
+    `save_to_disk` folder or .tar shards"""
+    split: str = "train"
+    """split of a Hugging Face data set"""
+    config: str | None = None
+    """configuration name of a Hugging Face data set"""
+    revision: str | None = None
+    """commit hash of a Hub data set"""
+    image: str | None = None
+    """column of the image; null: the first image column"""
+    label: str | None = None
+    """column of the label; null: `label` if there is one. Class folders give labels by themselves"""
+    streaming: bool = False
+    """read shards in sequence; resume is then exact to the shard position, not to the bit (docs/data.md)"""
+    channels: Literal[1, 2, 3] | Annotated[int, Field(ge=1, le=512)] = 3
+    """channels of the images; gray is repeated to 3 where 3 are asked for, other mismatches are refused"""
+    value_range: list[float] | None = Field(None, min_length=2, max_length=2)
+    """[low, high] that is mapped to 0..255; null: the full range of the integer type; float images need it"""
+    mean: Literal["imagenet", "auto"] | list[float] = "imagenet"
+    """per channel in 0..1; `auto`: measured from the data"""
+    std: Literal["imagenet", "auto"] | list[float] = "imagenet"
+    limit: int | None = Field(None, ge=1)
+    """use only that many images"""
+    jitter: Literal["fast", "exact"] = "fast"
+    """`fast`: colour jitter as one 3x4 matrix; `exact`: torchvision's sequence with clamping in between"""
+    max_megapixels: float = Field(64, gt=0)
+    """larger images count as broken (a 20 kB PNG can unpack to gigabytes)"""
+    max_broken: Share = 0.01
+    """the run stops when a larger share of the images is broken"""
+    probe: ProbeSettings | None = None
+
+
+class JitterSettings(Settings):
+    """torchvision's ColorJitter, applied with probability `p`."""
+
+    p: PerCrop = 0.8
+    brightness: float = Field(0.4, ge=0)
+    contrast: float = Field(0.4, ge=0)
+    saturation: float = Field(0.2, ge=0)
+    hue: float = Field(0.1, ge=0, le=0.5)
+
+
+class ViewSettings(Settings):
+    """A group of crops of equal size. Order: crop, flip, jitter, gray, blur, solarize, normalise."""
+
+    size: int | list[int] = 224
+    """pixels: side, or [height, width]"""
+    crops: int = Field(1, ge=1)
+    crop: Literal["random", "center"] = "random"
+    """`random`: random resized crop; `center`: resize the short side and cut the centre"""
+    scale: list[float] = Field([0.2, 1.0], min_length=2, max_length=2)
+    """share of the image's area, [low, high]"""
+    ratio: list[float] = Field([0.75, 1.3333333333333333], min_length=2, max_length=2)
+    """width over height, [low, high]"""
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    hflip: Share = 0.5
+    vflip: Share = 0.0
+    jitter: JitterSettings | None = None
+    gray: PerCrop = 0.0
+    blur: PerCrop = 0.0
+    blur_sigma: list[float] = Field([0.1, 2.0], min_length=2, max_length=2)
+    """Gaussian sigma in pixels, [low, high]"""
+    solarize: PerCrop = 0.0
+    solarize_threshold: float = Field(0.5, ge=0, le=1)
+
+    @property
+    def height_width(self) -> tuple[int, int]:
+        return (self.size, self.size) if isinstance(self.size, int) else (self.size[0], self.size[1])
+
+    @model_validator(mode="after")
+    def _check(self) -> ViewSettings:
+        if isinstance(self.size, list) and len(self.size) != 2:
+            raise ValueError(f"size is [height, width], got {self.size}")
+        if min(self.height_width) < 1:
+            raise ValueError(f"size must be positive, got {self.size}")
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale must be 0 < low <= high <= 1, got {self.scale}")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"ratio must be 0 < low <= high, got {self.ratio}")
+        per_crop = {"gray": self.gray, "blur": self.blur, "solarize": self.solarize}
+        if self.jitter:
+            per_crop["jitter.p"] = self.jitter.p
+        for name, value in per_crop.items():
+            if isinstance(value, list) and len(value) != self.crops:
+                raise ValueError(f"{name} lists {len(value)} probabilities for {self.crops} crops")
+        return self
+
+
+class RandomMask(Settings):
+    """Uniformly random units, the same number in every crop (MAE, SimMIM)."""
+
+    kind: Literal["random"]
+    view: str
+    ratio: float = Field(gt=0, lt=1)
+    """share hidden; ceil(ratio x units) units are"""
+    unit: int | None = Field(None, ge=1)
+    """side of a unit in pixels, a multiple of the encoder's stride; null: one token"""
+
+
+class BlockMask(Settings):
+    """BEiT's blocks: rectangles of random area and aspect until the target is reached (iBOT, BEiT)."""
+
+    kind: Literal["block"]
+    view: str
+    ratio: list[float] = Field([0.1, 0.5], min_length=2, max_length=2)
+    """[low, high]: the target share is drawn uniformly for each crop"""
+    p: Share = 1.0
+    """probability that a crop is masked at all (iBOT: 0.5)"""
+    min_tokens: int = Field(4, ge=1)
+    """area of the smallest block (iBOT: (grid // 3) ** 2, BEiT: 16)"""
+    max_tokens: int | None = Field(None, ge=1)
+    """area of the largest block; null: what is still missing"""
+    aspect: list[float] = Field([0.3, 3.3333333333333335], min_length=2, max_length=2)
+    unit: int | None = Field(None, ge=1)
+    start: str = "0 steps"
+    """duration before which nothing is hidden (iBOT on Swin: 50 epochs)"""
+
+
+MaskSettings = Annotated[RandomMask | BlockMask, Field(discriminator="kind")]

@@ -1,0 +1,62 @@
+"""What every objective is: a declaration of encoder passes, and a loss on their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from ..plan import Batch, EncoderSpec, Forward, Progress, Tokens
+from ..schedule import Duration, Value
+from ..settings import Settings
+
+
+class ObjectiveSettings(Settings):
+    """Common part of every objective's `Config`."""
+
+    name: str
+    """a name of `hybrid_ssl.objectives.OBJECTIVES`, or `my_package.my_module:MyObjective`"""
+    weight: Value = 1.0
+    """factor of this objective's loss in the sum; a number or a ramp"""
+
+
+@dataclass(frozen=True)
+class ParamRule:
+    """An exception for some parameters of an objective.
+
+    Attributes:
+        params: the parameters it is for.
+        lr_scale: factor on the learning rate.
+        weight_decay: replaces the run's weight decay (0.0: none); None keeps it.
+        hold: gradients are dropped (set to None) for this long, so that moments and step counts stand still too.
+        constant_lr: the learning rate keeps its base value instead of following the schedule (SimSiam's predictor).
+    """
+
+    params: tuple[nn.Parameter, ...]
+    lr_scale: float = 1.0
+    weight_decay: float | None = None
+    hold: Duration | None = None
+    constant_lr: bool = False
+
+
+class Objective(nn.Module):
+    """Base class. A subclass sets `Config` and, in `__init__`, `needs`; both stay constant afterwards."""
+
+    Config: ClassVar[type[ObjectiveSettings]]
+    needs: tuple[Forward, ...]
+
+    def __init__(self, cfg: ObjectiveSettings, encoder: EncoderSpec) -> None:
+        super().__init__()
+
+    def loss(self, tokens: Mapping[Forward, Tokens], batch: Batch, now: Progress) -> dict[str, Tensor]:
+        """Scalars by name. `loss` is trained on; every other entry is detached and only logged."""
+        raise NotImplementedError
+
+    def ema_pairs(self) -> Iterable[tuple[nn.Module, nn.Module]]:
+        """(teacher head, student head) pairs that follow the teacher's momentum."""
+        return ()
+
+    def param_rules(self) -> Iterable[ParamRule]:
+        return ()

@@ -1,0 +1,107 @@
+"""What objectives ask of encoders, and what they get: passes, tokens, batches.
+
+An objective declares its encoder passes as `Forward` objects and later looks up the tokens under the same objects. Two
+equal `Forward`s are one pass: this equality is the whole sharing rule. Shapes: B images, V crops of a view group,
+N patches, D width; crops are stacked view-major, so row `v * B + b` is crop v of image b. Masks: True = hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .schedule import Progress
+
+__all__ = ["Batch", "EncoderSpec", "Forward", "Progress", "Tokens", "union"]
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One encoder pass that an objective needs. Two equal requests are computed once."""
+
+    net: Literal["student", "teacher"]
+    view: str
+    """a view group of the recipe, e.g. `global` (2 crops stacked)"""
+    mask: str | None = None
+    """a mask of the recipe; it belongs to the same view"""
+    drop: bool = False
+    """True: hidden patches are removed (MAE); False: they are replaced by the mask token (SimMIM, iBOT)"""
+
+    def __post_init__(self) -> None:
+        assert self.mask is not None or not self.drop, "dropping patches needs a mask"
+
+    def __str__(self) -> str:
+        how = "" if self.mask is None else f", {self.mask} {'dropped' if self.drop else 'masked'}"
+        return f"{self.net} {self.view}{how}"
+
+
+class Tokens(NamedTuple):
+    """What an encoder pass returns, after the encoder's last norm."""
+
+    cls: Tensor
+    """[V*B, D] what timm pools: class token, or average of the patches"""
+    patches: Tensor
+    """[V*B, N, D]; [V*B, visible, D] in ascending position when the mask was dropped"""
+
+
+class Batch(NamedTuple):
+    """One micro-batch; a tuple of mappings, so that Accelerate and DDP can move it."""
+
+    views: Mapping[str, Tensor]
+    """name -> [V*B, C, H, W]; uint8 from the loader, normalised float inside `Objective.loss`"""
+    masks: Mapping[str, Tensor]
+    """name -> [V*B, N] bool, True = hidden"""
+    labels: Tensor | None = None
+    """[B] int64, or None: labels are optional everywhere"""
+    ids: Tensor | None = None
+    """[B] int64, stable sample numbers"""
+    hidden: Mapping[str, Tensor] | None = None
+    """name -> [n] flat numbers of the hidden tokens in [V*B*N], listed by the loader: on a device, `nonzero` would wait"""
+
+    def hidden_rows(self, mask: str) -> Tensor:
+        """Flat positions of the hidden tokens of `mask` in [V*B*N]; int64 [n], ascending."""
+        if self.hidden is not None and mask in self.hidden:
+            return self.hidden[mask]
+        return self.masks[mask].flatten().nonzero().squeeze(1)
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """What an objective may know of the encoder: widths and grids, never the module itself."""
+
+    dim: int
+    stride: int
+    """pixels of one output token's side: the patch size of a ViT, 32 for most Swins"""
+    in_chans: int = 3
+    family: Literal["vit", "swin", "pooled"] = "vit"
+    """`pooled`: another timm family, whose patches cannot be masked"""
+    depth: int = 12
+    """number of blocks"""
+    grids: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """view -> (rows, columns) of output tokens"""
+    crops: Mapping[str, int] = field(default_factory=dict)
+    """view -> number of crops V"""
+
+    def tokens(self, view: str) -> int:
+        """N, the number of patches of one crop of `view`."""
+        rows, columns = self.grids[view]
+        return rows * columns
+
+
+def union(requests: Iterable[Forward]) -> tuple[Forward, ...]:
+    """The passes to run: each distinct request once, in the order of first mention."""
+    return tuple(dict.fromkeys(requests))
+
+
+def visible_rows(mask: Tensor, visible: int) -> Tensor:
+    """Positions of the visible tokens, ascending: [R, N] bool -> [R, visible] int64. `visible` is the same in every row."""
+    return torch.argsort(mask.to(torch.uint8), dim=1, stable=True)[:, :visible]  # no sync: the count is known
+
+
+def hidden_columns(mask: Tensor, hidden: int) -> Tensor:
+    """Positions of the hidden tokens, ascending: [R, N] bool -> [R, hidden] int64. `hidden` is the same in every row."""
+    return torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)[:, :hidden]

@@ -1,0 +1,31 @@
+"""The embedded images are there, balanced and lossless."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+
+import numpy as np
+import pyarrow.parquet as parquet
+import pytest
+from PIL import Image
+
+from hybrid_ssl.data.embedded import embedded_files
+
+
+@pytest.mark.parametrize(("split", "images"), [("train", 10_000), ("test", 2_000)])
+def test_split_has_equally_many_images_of_each_class(split: str, images: int) -> None:
+    table = parquet.read_table(embedded_files("embedded:fashion_mnist")[split])
+    counts = Counter(table["label"].to_pylist())
+    assert len(table) == images and counts == {label: images // 10 for label in range(10)}
+
+
+def test_images_are_28_pixel_gray_and_not_empty() -> None:
+    rows = parquet.read_table(embedded_files("embedded:fashion_mnist")["test"])["image"].to_pylist()[:50]
+    arrays = [np.asarray(Image.open(io.BytesIO(row["bytes"]))) for row in rows]
+    assert all(array.shape == (28, 28) and array.dtype == np.uint8 and array.std() > 5 for array in arrays)
+
+
+def test_unknown_set_names_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="embedded:fashion_mnist"):
+        embedded_files("embedded:cifar")

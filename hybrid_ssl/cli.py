@@ -1,0 +1,75 @@
+"""The command line: argument parsing, exit codes, and errors as sentences. Everything else is a call into a room.
+
+Exit codes: 0 done, 2 something the user has to change (one message on stderr, no traceback), 130 interrupted; others
+are those of the command. Rooms are imported inside the commands, so that help and a wrong recipe answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+def pretrain(args: argparse.Namespace) -> int:
+    """Train what the recipe describes and hand over the encoder."""
+    from .config import read_recipe
+
+    recipe = read_recipe(args.recipe, args.overrides)
+
+    from .train import pretrain as run  # timm, accelerate and datasets: seconds, spent only on a recipe that is right
+
+    return run(recipe, resume=args.resume, dry_run=args.dry_run, show=args.show)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hybrid-ssl", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    command = commands.add_parser("pretrain", help="pretrain an encoder after a recipe", description=pretrain.__doc__)
+    command.set_defaults(run=pretrain)
+    command.add_argument("recipe", metavar="RECIPE", help="a .yaml file, see recipes/")
+    command.add_argument("overrides", metavar="KEY.PATH=VALUE", nargs="*", help="e.g. data.source=./images run.seed=1")
+    command.add_argument("--show", action="store_true", help="print the resolved recipe and the plan, then stop")
+    command.add_argument("--dry-run", action="store_true", help="build everything, run one step, keep nothing")
+    command.add_argument("--resume", action="store_true", help="continue the run in run.out at its very step")
+
+    for command in commands.choices.values():
+        command.add_argument("--traceback", action="store_true", help="on an error, show where it was raised")
+    return parser
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse; overrides may also stand behind flags, which argparse alone refuses for positionals of any number."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    stray = [word for word in rest if word.startswith("-") or not hasattr(args, "overrides")]
+    if stray:
+        parser.error(f"unrecognized arguments: {' '.join(stray)}; settings of the recipe are written key.path=value")
+    if rest:
+        args.overrides.extend(rest)
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code."""
+    args = parse(argv)
+    try:
+        return int(args.run(args))
+    except ValueError as error:  # RecipeError is one: for users, by house rule
+        if args.traceback:
+            raise
+        if os.environ.get("RANK", "0") == "0":  # every process finds the same error; one message is enough
+            print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""Arguments reach the rooms unchanged; errors of users are one message and exit code 2."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from hybrid_ssl.cli import main
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Stand-ins for the reader and the loop that write down what they were called with."""
+    seen: dict[str, Any] = {}
+    config, train = ModuleType("hybrid_ssl.config"), ModuleType("hybrid_ssl.train")
+
+    def read_recipe(path: str, overrides: list[str]) -> str:
+        seen.update(path=path, overrides=overrides)
+        if path == "bad.yaml":
+            raise ValueError("optimizer.lrr: unknown key; did you mean 'lr'?")
+        return "a recipe"
+
+    def pretrain(recipe: str, **flags: bool) -> int:
+        seen.update(recipe=recipe, flags=flags)
+        return 3
+
+    config.read_recipe = read_recipe  # type: ignore[attr-defined]
+    train.pretrain = pretrain  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "hybrid_ssl.config", config)
+    monkeypatch.setitem(sys.modules, "hybrid_ssl.train", train)
+    return seen
+
+
+def test_flags_and_overrides_may_be_mixed(calls: dict[str, Any]) -> None:
+    assert main(["pretrain", "r.yaml", "a.b=1", "--show", "c=-2e-4", "--resume"]) == 3
+    assert calls["path"] == "r.yaml" and calls["overrides"] == ["a.b=1", "c=-2e-4"]
+    assert calls["flags"] == {"resume": True, "dry_run": False, "show": True}
+
+
+def test_user_error_is_one_line_and_exit_code_2(calls: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pretrain", "bad.yaml"]) == 2
+    assert capsys.readouterr().err == "error: optimizer.lrr: unknown key; did you mean 'lr'?\n"
+    assert "recipe" not in calls  # nothing was started
+
+
+def test_only_the_first_process_prints(
+    calls: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert main(["pretrain", "bad.yaml"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_traceback_flag_raises(calls: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="unknown key"):
+        main(["pretrain", "bad.yaml", "--traceback"])
+
+
+@pytest.mark.parametrize("argv", [[], ["pretrain"], ["pretrain", "r.yaml", "--lr", "3"], ["train", "r.yaml"]])
+def test_wrong_arguments_exit_with_2(calls: dict[str, Any], argv: list[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2

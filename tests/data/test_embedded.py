@@ -17,7 +17,7 @@ from hybrid_ssl.data.embedded import embedded_files
 def test_split_has_equally_many_images_of_each_class(split: str, images: int) -> None:
     table = parquet.read_table(embedded_files("embedded:fashion_mnist")[split])
     counts = Counter(table["label"].to_pylist())
-    assert len(table) == images and counts == {label: images // 10 for label in range(10)}
+    assert len(table) == images and counts == dict.fromkeys(range(10), images // 10)
 
 
 def test_images_are_28_pixel_gray_and_not_empty() -> None:

@@ -1,0 +1,46 @@
+"""The objectives by name: an explicit table, one line for each."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+
+from .base import Objective
+from .mae import MAE
+from .moco_v3 import MoCoV3
+from .simmim import SimMIM
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    "mae": MAE,
+    "simmim": SimMIM,
+    "moco_v3": MoCoV3,
+}
+
+
+def objective_class(name: str) -> type[Objective]:
+    """The class behind a name of `OBJECTIVES`, or behind `my_package.my_module:MyObjective`.
+
+    Raises:
+        ValueError: there is no such name, module or class, or it is no `Objective`.
+    """
+    if ":" in name:
+        return _import_objective(name)
+    if name not in OBJECTIVES:
+        near = difflib.get_close_matches(name, OBJECTIVES, n=3)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise ValueError(
+            f"no objective named {name!r}; {hint}there are: {', '.join(OBJECTIVES)}. "
+            "An objective of your own is named like my_package.my_module:MyObjective"
+        )
+    return OBJECTIVES[name]
+
+
+def _import_objective(name: str) -> type[Objective]:
+    module_name, _, class_name = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"objective {name!r} cannot be imported: {error}; is it on the Python path?") from error
+    if not (isinstance(found, type) and issubclass(found, Objective)):
+        raise ValueError(f"objective {name!r} is no subclass of hybrid_ssl.objectives.base.Objective")
+    return found

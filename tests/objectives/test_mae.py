@@ -1,0 +1,199 @@
+import pytest
+import torch
+from torch import nn
+
+from hybrid_ssl.nn.patches import patchify
+from hybrid_ssl.objectives.mae import MAE, MAESettings
+from hybrid_ssl.plan import Batch, EncoderSpec, Progress, Tokens, visible_rows
+
+NOW = Progress(0, 10, 10)
+P, GRID, VISIBLE = 4, (2, 3), 2
+
+
+def settings(**more: object) -> MAESettings:
+    return MAESettings(**{"name": "mae", "decoder_dim": 16, "decoder_depth": 2, "decoder_heads": 4, **more})
+
+
+def build(width: int = 12, grid: tuple[int, int] = GRID, chans: int = 3, **more: object) -> MAE:
+    torch.manual_seed(0)
+    return MAE(settings(**more), EncoderSpec(width, P, in_chans=chans, grids={"plain": grid}))
+
+
+def make_batch(images: int = 2, grid: tuple[int, int] = GRID, chans: int = 3, visible: int = VISIBLE) -> Batch:
+    draw = torch.Generator().manual_seed(1)
+    n = grid[0] * grid[1]
+    order = torch.stack([torch.randperm(n, generator=draw) for _ in range(images)])
+    mask = torch.ones(images, n, dtype=torch.bool).scatter(1, order[:, :visible], False)
+    pixels = torch.randn(images, chans, grid[0] * P, grid[1] * P, generator=draw, dtype=torch.float64)
+    return Batch({"plain": pixels}, {"random": mask})
+
+
+def make_tokens(images: int = 2, width: int = 12, visible: int = VISIBLE) -> Tokens:
+    draw = torch.Generator().manual_seed(2)
+    x = torch.randn(images, 1 + visible, width, generator=draw, dtype=torch.float64)
+    return Tokens(x[:, 0], x[:, 1:])
+
+
+def loss_of(mae: MAE, tokens: Tokens, batch: Batch) -> torch.Tensor:
+    return mae.loss({mae.visible: tokens}, batch, NOW)["loss"]
+
+
+RENAMED = {
+    "decoder_layers": "blocks", "decoder_": "", "attention.o_proj": "attn.proj", "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+}  # fmt: skip
+
+
+def as_ours(theirs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights (or gradients) of transformers' `ViTMAEDecoder`, under our decoder's names; q, k, v become one matrix."""
+    ours = {}
+    for name, value in theirs.items():
+        if ".k_proj." in name or ".v_proj." in name or name == "decoder_pos_embed":
+            continue
+        if ".q_proj." in name:
+            value = torch.cat([theirs[name.replace("q_proj", f"{x}_proj")] for x in "qkv"])
+            name = name.replace("attention.q_proj", "attn.qkv")
+        for old, new in RENAMED.items():
+            name = name.replace(old, new)
+        ours[name] = value
+    return ours
+
+
+@pytest.mark.parametrize("norm_pixels", [True, False])
+def test_loss_and_gradients_equal_transformers_with_the_same_weights(norm_pixels: bool) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.ViTMAEConfig(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=16, patch_size=4,
+        decoder_hidden_size=16, decoder_num_hidden_layers=2, decoder_num_attention_heads=4,
+        decoder_intermediate_size=64, mask_ratio=0.75, norm_pix_loss=norm_pixels, layer_norm_eps=1e-6,
+    )  # fmt: skip
+    theirs = transformers.ViTMAEForPreTraining(config).double()
+    mae = build(width=24, grid=(4, 4), norm_pixels=norm_pixels).double()
+    theirs.decoder.initialize_weights(16)
+    torch.testing.assert_close(mae.decoder.pos_embed, theirs.decoder.decoder_pos_embed.data, atol=1e-7, rtol=0)
+    theirs.decoder.decoder_pos_embed.data = mae.decoder.pos_embed  # theirs was rounded elsewhere
+    weights = {n: nn.init.normal_(w, std=0.2) for n, w in theirs.decoder.named_parameters() if w.requires_grad}
+    mae.decoder.load_state_dict(as_ours({name: weight.detach() for name, weight in weights.items()}))
+
+    images, noise = torch.randn(3, 3, 16, 16).double(), torch.rand(3, 16)
+    encoded = theirs.vit(images, noise=noise)
+    latent = encoded.last_hidden_state.detach().requires_grad_()  # [3, 1 + 4, 24], patches in the order of their noise
+    logits = theirs.decoder(latent, encoded.ids_restore).logits
+    target = theirs.patchify(images)
+    if norm_pixels:
+        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+    expected = ((logits - target).square().mean(-1) * encoded.mask).sum() / encoded.mask.sum()
+    torch.testing.assert_close(expected, theirs(images, noise=noise).loss)
+
+    ascending = noise.argsort(1)[:, :4].argsort(1)
+    tokens = Tokens(latent[:, 0], latent[:, 1:].take_along_dim(ascending[..., None], 1))
+    batch = Batch({"plain": images}, {"random": encoded.mask.bool()})
+    loss = loss_of(mae, tokens, batch)
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
+
+    names = list(weights)
+    gradients = torch.autograd.grad(expected, [*weights.values(), latent])
+    expected_gradients = as_ours(dict(zip(names, gradients, strict=False)))
+    ours = dict(mae.decoder.named_parameters())
+    found = torch.autograd.grad(loss, [*ours.values(), latent])
+    for name, gradient in zip(ours, found, strict=False):
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-9, atol=1e-12, msg=name)
+    torch.testing.assert_close(found[-1], gradients[-1], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("grid", "chans"), [((2, 3), 3), ((3, 1), 1), ((2, 2), 5)])
+def test_any_grid_and_number_of_channels(grid: tuple[int, int], chans: int) -> None:
+    mae = build(grid=grid, chans=chans).double()
+    tokens = {mae.visible: make_tokens(visible=1)}
+    batch = make_batch(grid=grid, chans=chans, visible=1)
+    entries = mae.loss(tokens, batch, NOW)
+    assert entries["loss"].shape == () and entries["loss"].isfinite() and not entries["baseline"].requires_grad
+    assert mae.reconstruct(tokens, batch).shape == batch.views["plain"].shape
+
+
+def test_asks_for_dropped_patches() -> None:
+    (request,) = build(view="plain", mask="random").needs
+    assert request.drop and request.net == "student"
+
+
+def test_every_parameter_gets_a_gradient() -> None:
+    mae = build().double()
+    tokens = make_tokens()
+    tokens.cls.requires_grad_(), tokens.patches.requires_grad_()
+    loss_of(mae, tokens, make_batch()).backward()
+    assert [name for name, p in mae.named_parameters() if p.grad is None or not p.grad.any()] == []
+    assert tokens.cls.grad is not None and tokens.patches.grad is not None
+
+
+def test_state_round_trip() -> None:
+    first, second = build().double(), build().double()
+    nn.init.normal_(first.decoder.mask_token)
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(*(loss_of(mae, make_tokens(), make_batch()) for mae in (first, second)))
+
+
+def test_two_halves_average_to_the_double_batch() -> None:
+    mae, tokens, batch = build().double(), make_tokens(images=4), make_batch(images=4)
+    halves = [
+        loss_of(
+            mae,
+            Tokens(tokens.cls[rows], tokens.patches[rows]),
+            Batch({"plain": batch.views["plain"][rows]}, {"random": batch.masks["random"][rows]}),
+        )
+        for rows in (slice(2), slice(2, 4))
+    ]
+    whole = loss_of(mae, tokens, batch)
+    torch.testing.assert_close(torch.stack(halves).mean(), whole)
+    weights = list(mae.parameters())
+    for a, b in zip(*(torch.autograd.grad(y, weights) for y in (sum(halves) / 2, whole)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_overfits_eight_images() -> None:
+    mae, batch = build(decoder_dim=64).double(), make_batch(images=8)  # noise: 32 patches need rank 32
+    tokens = [nn.Parameter(x) for x in make_tokens(images=8)]
+    optimizer = torch.optim.AdamW([*mae.parameters(), *tokens], lr=1e-2)
+    for _ in range(200):
+        optimizer.zero_grad()
+        entries = mae.loss({mae.visible: Tokens(*tokens)}, batch, NOW)
+        entries["loss"].backward()
+        optimizer.step()
+    assert entries["loss"] < 0.1 * entries["baseline"]
+
+
+def test_loss_ignores_visible_pixels() -> None:
+    mae, batch = build().double(), make_batch()
+    visible = visible_rows(batch.masks["random"], VISIBLE)
+    other = batch.views["plain"].clone()
+    patches = other.unfold(2, P, P).unfold(3, P, P)  # [2, 3, rows, columns, P, P], a view
+    for image in range(2):
+        for position in visible[image].tolist():
+            patches[image, :, position // GRID[1], position % GRID[1]] += 1
+    assert not torch.equal(other, batch.views["plain"])
+    changed = batch._replace(views={"plain": other})
+    assert torch.equal(loss_of(mae, make_tokens(), changed), loss_of(mae, make_tokens(), batch))
+
+
+def test_targets_stay_float32_in_half_precision() -> None:
+    mae, batch = build().float(), make_batch()
+    tokens = Tokens(*(x.float() for x in make_tokens()))
+    with torch.autocast("cpu", torch.bfloat16):
+        entries = mae.loss({mae.visible: tokens}, batch._replace(views={"plain": batch.views["plain"].float()}), NOW)
+    assert entries["loss"].dtype == entries["baseline"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("norm_pixels", [True, False])
+def test_reconstruction_keeps_visible_pixels_and_undoes_the_normalisation(norm_pixels: bool) -> None:
+    mae, batch = build(norm_pixels=norm_pixels).double(), make_batch()
+    nn.init.zeros_(mae.decoder.pred.weight)  # predicts 0: a patch's mean, or the mean of the normalised image
+    painted = patchify(mae.reconstruct({mae.visible: make_tokens()}, batch), P, "p q c")
+    pixels, mask = patchify(batch.views["plain"], P, "p q c"), batch.masks["random"]
+    assert torch.equal(painted[~mask], pixels[~mask])
+    expected = pixels[mask].mean(1, keepdim=True) if norm_pixels else torch.zeros(1, dtype=torch.float64)
+    torch.testing.assert_close(painted[mask], expected.expand_as(painted[mask]))
+
+
+def test_heads_that_do_not_divide_the_width_are_refused() -> None:
+    with pytest.raises(ValueError, match="decoder_heads 5 does not divide decoder_dim 16"):
+        MAESettings(name="mae", decoder_dim=16, decoder_heads=5)

@@ -1,0 +1,162 @@
+"""The one module that is wrapped for training: runs the plan, sums the weighted losses, moves the teachers.
+
+Everything that has a gradient goes through `Pretrainer.forward`; a call around the wrapper would leave each process
+with other gradients. The plan never changes, so DDP needs no search for unused parameters.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .encoder import Encoder
+from .objectives.base import Objective
+from .plan import Batch, EncoderSpec, Forward, Tokens, union
+from .schedule import Progress, value_at
+
+
+class Pretrainer(nn.Module):
+    """Student, teacher and objectives under one root.
+
+    Args:
+        student: the encoder that is trained.
+        objectives: label -> objective.
+        weights: label -> factor of its loss, a number or a `Ramp`.
+        spec: what the objectives were built with.
+        visible: mask -> number of visible tokens, for masks whose patches are dropped.
+        mean, std: per channel, in 0..1; uint8 views are normalised with them.
+        rank, world: this process among all, so that noise belongs to a sample's place in the global batch.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        student: Encoder,
+        objectives: Mapping[str, Objective],
+        weights: Mapping[str, Any],
+        *,
+        spec: EncoderSpec,
+        visible: Mapping[str, int],
+        mean: Sequence[float],
+        std: Sequence[float],
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.objectives = nn.ModuleDict(objectives)
+        self.weights = dict(weights)
+        self.spec = spec
+        self.visible = dict(visible)
+        self.rank, self.world = rank, world
+        self.plan = union(need for objective in objectives.values() for need in objective.needs)
+        _check_plan(self.plan, student, self.visible)
+        self.teacher: Encoder | None = None
+        if any(need.net == "teacher" for need in self.plan):
+            self.teacher = copy.deepcopy(student)
+            self.teacher.mask_token = None  # a teacher sees whole images
+            self.teacher.requires_grad_(False)
+        for _, (teacher, student_head) in self._ema_pairs():
+            teacher.load_state_dict(student_head.state_dict())
+            teacher.requires_grad_(False)
+        shape = (1, -1, 1, 1)
+        self.register_buffer("mean", torch.tensor(mean).view(shape) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(shape) * 255, persistent=False)
+
+    def forward(self, batch: Batch, now: Progress) -> tuple[Tensor, dict[str, Tensor]]:
+        """One micro-batch: (the weighted sum of losses, what to log as `label/term`)."""
+        batch = batch._replace(views={name: self.normalise(images) for name, images in batch.views.items()})
+        tokens = {need: self._run(need, batch, now, index) for index, need in enumerate(self.plan)}
+        total: Tensor | None = None
+        logs: dict[str, Tensor] = {}
+        for label, objective in self.objectives.items():
+            terms = objective.loss(tokens, batch, now)
+            weighted = terms["loss"] * value_at(self.weights[label], now)
+            total = weighted if total is None else total + weighted
+            logs |= {f"{label}/{term}": value.detach() for term, value in terms.items()}
+        assert total is not None
+        return total, {"loss": total.detach()} | logs
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 in 0..255 -> normalised float; float images pass as they are."""
+        if images.dtype != torch.uint8:
+            return images
+        return (images.to(self.mean.dtype) - self.mean) / self.std
+
+    @torch.no_grad()
+    def move_teachers(self, momentum: float) -> None:
+        """teacher <- momentum * teacher + (1 - momentum) * student, for the encoder and every teacher head."""
+        teachers, students = self._ema_tensors()
+        if teachers:
+            torch._foreach_lerp_(teachers, students, 1.0 - momentum)
+
+    def train(self, mode: bool = True) -> Pretrainer:
+        """Like any module's, but the teacher encoder stays in `eval`; teacher heads with BatchNorm follow `mode`."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
+    def encoder(self, which: str) -> Encoder:
+        """The `student`, or the `teacher` if the run has one."""
+        return self.teacher if which == "teacher" and self.teacher is not None else self.student
+
+    def _run(self, need: Forward, batch: Batch, now: Progress, index: int) -> Tokens:
+        images = batch.views[need.view]
+        mask = None if need.mask is None else batch.masks[need.mask]
+        visible = self.visible[need.mask] if need.drop and need.mask is not None else None
+        if need.net == "teacher":
+            assert self.teacher is not None
+            with torch.no_grad():
+                return self.teacher(images)
+        noise = self._noise(images, now, index, crops=self.spec.crops[need.view]) if self.training else None
+        tokens: Tokens = self.student(images, mask, visible=visible, noise=noise)
+        return tokens
+
+    def _noise(self, images: Tensor, now: Progress, index: int, crops: int) -> Tensor | None:
+        """Uniform noise for stochastic depth, a function of (seed, step, pass, place in the global batch): [rows, V*B]."""
+        rows, local = self.student.noise_rows, len(images) // crops
+        if not rows:
+            return None
+        generator = torch.Generator().manual_seed(hash((now.seed, now.step, now.micro, index)) & 0x7FFF_FFFF_FFFF_FFFF)
+        noise = torch.rand(rows, crops, self.world * local, generator=generator)
+        mine = noise[:, :, self.rank * local : (self.rank + 1) * local].flatten(1)
+        return mine.to(images.device, non_blocking=True)
+
+    def _ema_pairs(self) -> Iterable[tuple[str, tuple[nn.Module, nn.Module]]]:
+        for label, objective in self.objectives.items():
+            for pair in objective.ema_pairs():  # type: ignore[operator]
+                yield label, pair
+
+    def _ema_tensors(self) -> tuple[list[Tensor], list[Tensor]]:
+        pairs = [("encoder", (self.teacher.model, self.student.model))] if self.teacher is not None else []
+        teachers, students = [], []
+        for label, (teacher, student) in [*pairs, *self._ema_pairs()]:
+            sources = dict(student.named_parameters(remove_duplicate=False))
+            for name, parameter in teacher.named_parameters(remove_duplicate=False):
+                assert name in sources, f"{label}: the student has no {name}"  # matched by name: zip would misalign
+                if sources[name].requires_grad:
+                    teachers.append(parameter)
+                    students.append(sources[name])
+        return teachers, students
+
+
+def _check_plan(plan: tuple[Forward, ...], student: Encoder, visible: Mapping[str, int]) -> None:
+    """ValueError for a pass that this encoder cannot run."""
+    kind = type(student.model).__name__
+    for need in plan:
+        if need.mask is not None and student.family == "pooled":
+            raise ValueError(f"'{need}': {kind} patches cannot be masked; choose a timm ViT or Swin, or unmasked objectives")
+        if need.drop and student.family == "swin":
+            raise ValueError(
+                f"'{need}': {kind} needs every patch in its windows, so hidden ones cannot be dropped; use a ViT, or an "
+                "objective that replaces them by a mask token: simmim, ibot"
+            )
+        if need.drop and need.mask not in visible:
+            raise ValueError(f"'{need}': dropped masks hide the same number of patches in every crop; use kind: random")

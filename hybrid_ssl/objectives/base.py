@@ -60,3 +60,14 @@ class Objective(nn.Module):
 
     def param_rules(self) -> Iterable[ParamRule]:
         return ()
+
+
+def crops_of(encoder: EncoderSpec, view: str) -> int:
+    """V, the number of crops of `view`.
+
+    Raises:
+        ValueError: the recipe has no such view.
+    """
+    if view not in encoder.crops:
+        raise ValueError(f"there is no view {view!r}; the recipe's views are: {', '.join(encoder.crops)}")
+    return encoder.crops[view]

@@ -195,19 +195,27 @@ def unflatten(tensors: Mapping[str, Tensor], tree: Any) -> Any:
     return tree
 
 
-def _parts(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Group by the first part of the name; on the CPU, contiguous, and no two sharing memory (safetensors refuses)."""
-    parts: dict[str, dict[str, Tensor]] = {}
+def separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, contiguous, and no two sharing memory: what safetensors accepts."""
+    result: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
-        part, _, rest = name.partition(".")
-        assert rest and re.fullmatch(r"\w+", part), f"{name!r}: a checkpoint's tensors are called 'part.name'"
         value = tensor.detach().to("cpu").contiguous()
         storage = value.untyped_storage()
         if storage.nbytes() != value.numel() * value.element_size() or storage.data_ptr() in seen:
             value = value.clone()
         seen.add(storage.data_ptr())
-        parts.setdefault(part, {})[rest] = value
+        result[name] = value
+    return result
+
+
+def _parts(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Tensors by the first part of their names."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in separate(tensors).items():
+        part, _, rest = name.partition(".")
+        assert rest and re.fullmatch(r"\w+", part), f"{name!r}: a checkpoint's tensors are called 'part.name'"
+        parts.setdefault(part, {})[rest] = tensor
     return parts
 
 

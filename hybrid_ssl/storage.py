@@ -52,6 +52,8 @@ def publish(target: Path) -> Iterator[Path]:
         temporary.mkdir()
         yield temporary
         for path in [*temporary.rglob("*"), temporary]:
+            if path.is_file():
+                path.chmod(temporary.stat().st_mode & 0o666)  # safetensors makes files that only their owner reads
             sync(path)
         _swap(temporary, target)
     except BaseException as error:

@@ -1,0 +1,1 @@
+"""Encoders that leave a run, and encoders that come in."""

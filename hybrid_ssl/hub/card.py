@@ -1,0 +1,224 @@
+"""The model card: written from the tensors and the facts of the run, never typed.
+
+What a card must not say is left out by construction: paths, hosts, user names, tokens. Data sources are named only if
+they are public (a Hub data set); any local path becomes "local images". YAML is written by a YAML writer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+from torch import nn
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_FILE_SUFFIX = re.compile(r"\.(txt|tar|parquet|arrow|csv|jsonl?|zip|gz)\b", re.IGNORECASE)
+_PATH_KEYS = {"source", "test_source", "init", "out"}
+LOCAL = "local images"
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a run knows about the encoder it hands over. Everything is optional; what is missing is not mentioned."""
+
+    title: str = "encoder"
+    network: str = "student"
+    """which of the run's networks this is: student or teacher"""
+    objectives: Mapping[str, str] = field(default_factory=dict)
+    """label -> weight as text, e.g. {"mae": "1", "moco_v3": "0.1 to 1 over 10 epochs"}"""
+    methods: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    """name of a method -> (what it is, arXiv id)"""
+    data: Sequence[str] = ()
+    """sources as the recipe names them; local ones are not printed"""
+    images: int | None = None
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int | None = None
+    seconds: float | None = None
+    hardware: str | None = None
+    """e.g. "1 x NVIDIA H200", "2 CPU cores" """
+    probe: Mapping[str, float] = field(default_factory=dict)
+    """k-NN accuracies in 0..1 by who computed the features: "this encoder", "raw pixels", "before training" """
+    probe_name: str = "k-NN top-1"
+    base_model: str | None = None
+    """where the weights started, if not at random"""
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    """the resolved recipe"""
+
+    @property
+    def papers(self) -> tuple[str, ...]:
+        """arXiv ids of the methods, each once."""
+        return tuple(dict.fromkeys(paper for _, paper in self.methods.values()))
+
+    @property
+    def public_data(self) -> list[str]:
+        """The sources that anybody can look up."""
+        return [name for name in self.data if is_public(name)]
+
+    def summary(self) -> dict[str, Any]:
+        """The `ssl` block of config.json: how the encoder was trained, without anything private."""
+        facts = {
+            "network": self.network,
+            "objectives": dict(self.objectives),
+            "images": self.images,
+            "steps": self.steps,
+            "epochs": self.epochs,
+            "batch_size": self.batch_size,
+            "seconds": self.seconds,
+            "hardware": self.hardware,
+            "probe": {self.probe_name: dict(self.probe)} if self.probe else None,
+            "base_model": self.base_model if self.base_model and is_public(self.base_model) else None,
+            "recipe": without_paths(self.recipe),
+        }
+        return {key: value for key, value in facts.items() if value not in (None, {}, [])}
+
+
+def is_public(source: str) -> bool:
+    """Whether `source` is the name of something on the Hub rather than a place on somebody's disk."""
+    return bool(_HUB_NAME.fullmatch(source)) and not _FILE_SUFFIX.search(source) and not Path(source).exists()
+
+
+def without_paths(node: Any, key: str = "") -> Any:
+    """A copy of a recipe in which local places are gone: values of the keys that hold them, and absolute paths."""
+    if isinstance(node, Mapping):
+        return {k: without_paths(v, k) for k, v in node.items() if k != "out"}
+    if isinstance(node, list | tuple):
+        return [without_paths(v, key) for v in node]
+    if isinstance(node, str):
+        local = key in _PATH_KEYS and not is_public(node)
+        return LOCAL if local or re.match(r"[/~\\]|[A-Za-z]:\\|\.\.?/|\w+://", node) else node
+    return node
+
+
+def write_card(
+    model: nn.Module, config: Mapping[str, Any], facts: CardFacts, licence: str, heads: Sequence[str] = ()
+) -> str:
+    """The text of README.md.
+
+    Args:
+        model: the encoder; sizes are counted from its tensors.
+        config: the finished config.json.
+        heads: names in heads.safetensors.
+    """
+    sections = [
+        f"# {facts.title}",
+        _introduction(model, config, facts),
+        _loading(config),
+        _training(facts),
+        _numbers(facts),
+        _contents(heads),
+        _citations(facts),
+        f"Licence of the weights: `{licence}`, chosen by who trained them.",
+    ]
+    return f"---\n{_metadata(facts, licence).to_yaml()}\n---\n\n" + "\n\n".join(s for s in sections if s) + "\n"
+
+
+def _metadata(facts: CardFacts, licence: str) -> ModelCardData:
+    results = [
+        EvalResult(
+            task_type="image-feature-extraction",
+            dataset_type=(facts.public_data or ["private"])[0],
+            dataset_name=(facts.public_data or [LOCAL])[0],
+            metric_type="accuracy",
+            metric_name=f"{facts.probe_name} ({who})",
+            metric_value=round(value, 4),
+        )
+        for who, value in facts.probe.items()
+    ]
+    return ModelCardData(
+        license=licence,
+        library_name="timm",
+        pipeline_tag="image-feature-extraction",
+        tags=["self-supervised-learning", "hybrid_ssl", *facts.methods, "timm", "transformers"],
+        datasets=[name for name in facts.public_data if "/" in name] or None,
+        base_model=facts.base_model if facts.base_model and is_public(facts.base_model) else None,
+        model_name=facts.title if results else None,
+        eval_results=results or None,
+    )
+
+
+def _introduction(model: nn.Module, config: Mapping[str, Any], facts: CardFacts) -> str:
+    channels, height, width = config["pretrained_cfg"]["input_size"]
+    count = sum(p.numel() for p in model.parameters())
+    trained = f", pretrained without labels with {_listed(facts.objectives)}" if facts.objectives else ""
+    lines = [
+        f"The {facts.network} encoder of a run of hybrid_ssl: timm's `{config['architecture']}`{trained}.",
+        "",
+        f"- parameters: {count / 1e6:.2f} million; features: {config['num_features']}, pooled by "
+        f"`{config.get('global_pool', 'the model')}`",
+        f"- images: {channels} channels, {height} x {width} pixels, scaled to 0..1, then mean "
+        f"{_numbers_text(config['pretrained_cfg']['mean'])}, std {_numbers_text(config['pretrained_cfg']['std'])}",
+    ]
+    if prefix := getattr(model, "num_prefix_tokens", 0):
+        lines.append(f"- tokens: the first {prefix} are class and register tokens, the patches follow")
+    return "\n".join(lines)
+
+
+def _loading(config: Mapping[str, Any]) -> str:
+    channels = config["pretrained_cfg"]["input_size"][0]
+    text = (
+        "## Load it\n\nFrom this folder (`local-dir:FOLDER`) or from the Hub (`hf-hub:USER/NAME`):\n\n```python\n"
+        "import timm\nencoder = timm.create_model('local-dir:FOLDER', pretrained=True).eval()\n"
+        "features = encoder(images)  # [B, D]; encoder.forward_features(images): tokens\n```\n\n```python\n"
+        "from transformers import AutoModel\nencoder = AutoModel.from_pretrained('FOLDER').eval()\n"
+        "features = encoder(pixel_values=images).pooler_output  # [B, D]; .last_hidden_state: tokens\n```"
+    )
+    if channels != 3:
+        text += (
+            f"\n\nImage processors of transformers read 3 channels; normalise the {channels} of this encoder yourself."
+        )
+    return text
+
+
+def _training(facts: CardFacts) -> str:
+    rows = {
+        "objectives (weight)": ", ".join(f"{label} ({weight})" for label, weight in facts.objectives.items()),
+        "data": ", ".join(dict.fromkeys(n if is_public(n) else LOCAL for n in facts.data)),
+        "images": f"{facts.images:,}" if facts.images else "",
+        "steps": f"{facts.steps:,}" if facts.steps else "",
+        "epochs": f"{facts.epochs:.4g}" if facts.epochs else "",
+        "batch": f"{facts.batch_size:,}" if facts.batch_size else "",
+        "wall time": f"{facts.seconds / 3600:.2f} h" if facts.seconds else "",
+        "hardware": facts.hardware or "",
+        "started from": (facts.base_model if is_public(facts.base_model) else "an earlier run")
+        if facts.base_model
+        else "",
+    }
+    lines = [f"| {name} | {_cell(value)} |" for name, value in rows.items() if value]
+    return "\n".join(["## Training", "", "| | |", "|---|---|", *lines]) if lines else ""
+
+
+def _numbers(facts: CardFacts) -> str:
+    if not facts.probe:
+        return ""
+    lines = [f"| {_cell(who)} | {value:.4f} |" for who, value in facts.probe.items()]
+    return "\n".join(["## Numbers", "", f"| features of | {_cell(facts.probe_name)} |", "|---|---|", *lines])
+
+
+def _contents(heads: Sequence[str]) -> str:
+    if not heads:
+        return ""
+    parts = dict.fromkeys(name.split(".")[0] for name in heads)
+    return f"`heads.safetensors` holds {len(heads)} tensors of the heads ({', '.join(parts)}); the encoder needs none."
+
+
+def _citations(facts: CardFacts) -> str:
+    lines = [f"- {what} [arXiv {p}](https://arxiv.org/abs/{p})" for what, p in facts.methods.values()]
+    return "\n".join(["## Methods", "", *lines]) if lines else ""
+
+
+def _listed(names: Mapping[str, str]) -> str:
+    return " + ".join(names)
+
+
+def _cell(text: str) -> str:
+    """Text in a table cell: no markup, one line."""
+    return re.sub(r"([|`*_<>\[\]])", r"\\\1", " ".join(text.split()))
+
+
+def _numbers_text(values: Sequence[float]) -> str:
+    return "[" + ", ".join(f"{v:.4g}" for v in values) + "]"

@@ -1,0 +1,93 @@
+"""Encoders come in: one name for an exported folder, a run, a Hub repository or a timm model."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+WEIGHTS = "model.safetensors"
+
+
+def load_encoder(
+    name: str | Path, *, in_chans: int | None = None, size: int | tuple[int, int] | None = None, pretrained: bool = True
+) -> nn.Module:
+    """A timm model without classifier, in eval mode.
+
+    Args:
+        name: a folder that was exported, a run's folder (its newest export is taken), `hf-hub:user/name`, or a timm
+            model name, optionally with tag.
+        in_chans: channels of the images; None: those of the export. timm adapts the first convolution.
+        size: height and width; None: those of the export. Positions and bias tables are resampled.
+        pretrained: False: random weights (not for exports).
+
+    Raises:
+        ValueError: there is no such folder or model, it holds no encoder, or it does not fit `in_chans` or `size`.
+    """
+    source = resolve(name)
+    args: dict[str, Any] = {"num_classes": 0}
+    if in_chans is not None:
+        args["in_chans"] = in_chans
+    try:
+        if size is not None:
+            with torch.device("meta"):  # which families take an image size: costs nothing
+                stem = getattr(timm.create_model(source, **args), "patch_embed", None)
+            if hasattr(stem, "img_size"):
+                args["img_size"] = (size, size) if isinstance(size, int) else tuple(size)
+        return timm.create_model(source, pretrained=pretrained, **args).eval()
+    except (AssertionError, KeyError, TypeError, RuntimeError, OSError, ValueError) as error:
+        asked = ", ".join(f"{key}={value}" for key, value in args.items())
+        raise ValueError(f"encoder {str(name)!r} cannot be built with {asked}: {error}") from error
+
+
+def resolve(name: str | Path) -> str:
+    """What timm calls the model behind `name`: `local-dir:...`, `hf-hub:...` or a model name.
+
+    Raises:
+        ValueError: no such thing; what is similar, or what is missing.
+    """
+    text = str(name)
+    if text.startswith("hf-hub:"):
+        return text
+    folder = Path(text.removeprefix("local-dir:")).expanduser()
+    if folder.is_dir():
+        return f"local-dir:{find_export(folder)}"
+    if isinstance(name, Path) or text.startswith(("local-dir:", "/", "~", ".")):
+        raise ValueError(f"encoder folder {text!r} does not exist: give an exported folder, or a run's folder")
+    if timm.is_model(text.split(".")[0]):
+        return text
+    near = difflib.get_close_matches(text, timm.list_models(), n=5, cutoff=0.5)
+    hub = f"for the Hub write 'hf-hub:{text}'; " if re.fullmatch(r"[\w.-]+/[\w.-]+(@\w+)?", text) else ""
+    raise ValueError(
+        f"encoder {text!r} is no folder and no model of timm {timm.__version__}; {hub}similar: {', '.join(near) or 'none'}"
+    )
+
+
+def find_export(folder: Path) -> Path:
+    """`folder` itself if it is an export, else the newest export up to two levels below it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if is_export(folder):
+        return folder
+    found = [p.parent for pattern in ("*/config.json", "*/*/config.json") for p in folder.glob(pattern)]
+    exports = [p for p in found if is_export(p) and not p.name.startswith(".")]
+    if not exports:
+        raise ValueError(f"{folder} holds no exported encoder (config.json of timm and {WEIGHTS}): has the run ended?")
+    return max(exports, key=lambda p: (p / "config.json").stat().st_mtime_ns)
+
+
+def is_export(folder: Path) -> bool:
+    """Whether timm can load `folder`: its config names an architecture, and the weights are there."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and "architecture" in config and (folder / WEIGHTS).is_file()

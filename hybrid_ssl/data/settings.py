@@ -99,6 +99,8 @@ class ViewSettings(Settings):
     """Gaussian sigma in pixels, [low, high]"""
     solarize: PerCrop = 0.0
     solarize_threshold: float = Field(0.5, ge=0, le=1)
+    like: str | None = None
+    """another view whose boxes and flips are used, at this view's size (a tokenizer's smaller picture)"""
 
     @property
     def height_width(self) -> tuple[int, int]:

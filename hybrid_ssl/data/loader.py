@@ -1,0 +1,234 @@
+"""The loader: micro-batches of views and masks from any step on, the same bits with any number of workers.
+
+A worker gets one `MicroBatch` (step, epoch, image numbers) and builds the whole `Batch` from it; what it returns depends on
+nothing else, so order, resume and randomness need no state. A broken image is reported with the batch, named and
+counted in the main process, and replaced by another image that is a function of (seed, epoch, sample); its random numbers
+stay those of the sample it stands for, so that no two samples of an epoch share them.
+
+Shapes: B images of a micro-batch, V crops of a view, N tokens; views uint8 [V*B, C, H, W], view-major; masks [V*B, N].
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..plan import Batch
+from ..schedule import to_steps
+from .decode import Decoder
+from .masks import hidden_count, make_mask
+from .order import BatchOrder, MicroBatch, key, keyed
+from .settings import BlockMask, DataSettings, MaskSettings, ViewSettings
+from .sources import Source
+from .views import Views
+
+_REPLACEMENTS = 20  # so many broken images one after another mean that all are
+
+
+class Broken(NamedTuple):
+    """An image that could not be read."""
+
+    id: int
+    name: str
+    reason: str
+
+
+class _Built(NamedTuple):
+    """What a worker sends: the batch, or the text of what went wrong, and the broken images it met for the first time."""
+
+    batch: Batch | None
+    broken: tuple[Broken, ...]
+    problem: str = ""
+    users: bool = False
+    """the problem is the user's to solve"""
+
+
+@dataclass
+class Samples:
+    """Builds the `Batch` of a `MicroBatch`. A pure function, apart from remembering which images are broken."""
+
+    source: Source
+    decoder: Decoder
+    views: Views
+    masks: Mapping[str, MaskSettings]
+    grids: Mapping[str, tuple[int, int]]
+    stride: int
+    starts: Mapping[str, float]
+    """mask -> the step from which it hides anything"""
+    seed: int
+
+    def __post_init__(self) -> None:
+        self._broken: set[int] = set()
+
+    def build(self, micro: MicroBatch) -> tuple[Batch, tuple[Broken, ...]]:
+        """Decode once per image, cut all views, draw all masks."""
+        broken: list[Broken] = []
+        rows = [self._image(micro.epoch, i, broken) for i in micro.indices]
+        drawn = [self.views(image, self.seed, micro.epoch, i) for i, (image, _, _) in zip(micro.indices, rows, strict=True)]
+        views = {name: torch.stack([views[name] for views in drawn], 1).flatten(0, 1) for name in drawn[0]}  # [V*B, C, h, w]
+        masks = {name: self._masks(name, micro) for name in self.masks}
+        hidden = {name: mask.flatten().nonzero().squeeze(1) for name, mask in masks.items()}
+        labels = [label for _, _, label in rows if label is not None]
+        return (
+            Batch(
+                views=views,
+                masks=masks,
+                labels=torch.tensor(labels) if len(labels) == len(rows) else None,
+                ids=torch.tensor([number for _, number, _ in rows]),
+                hidden=hidden,
+            ),
+            tuple(broken),
+        )
+
+    def _image(self, epoch: int, wanted: int, broken: list[Broken]) -> tuple[Tensor, int, int | None]:
+        """The picture, its id and label; of a replacement if `wanted` is broken."""
+        i, reason = wanted, ""
+        for attempt in range(_REPLACEMENTS):
+            if i not in self._broken:
+                try:
+                    payload, label = self.source.read(i)
+                    return self.decoder(payload), i, label
+                except ValueError as problem:
+                    reason = str(problem)
+                    self._broken.add(i)
+                    broken.append(Broken(i, self.source.name(i), reason))
+            i = key(self.seed, epoch, wanted, f"replacement {attempt}") % len(self.source)
+        raise ValueError(f"{_REPLACEMENTS} images in a row are broken, the last one {self.source.name(i)}: {reason}")
+
+    def _masks(self, name: str, micro: MicroBatch) -> Tensor:
+        """bool [V*B, N], view-major like the views."""
+        mask = self.masks[name]
+        active = micro.step >= self.starts[name]
+        crops = range(self.views.settings[mask.view].crops)
+        drawn = []
+        for i in micro.indices:
+            rng = keyed(self.seed, micro.epoch, i, f"mask {name}")
+            drawn.append(torch.stack([make_mask(mask, self.grids[mask.view], self.stride, rng, active) for _ in crops]))
+        return torch.stack(drawn, 1).flatten(0, 1)
+
+
+class _Building(Dataset[_Built]):
+    """`Samples` as torch's DataLoader wants it: an item is a whole micro-batch, errors travel as text."""
+
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
+
+    def __getitem__(self, micro: MicroBatch) -> _Built:
+        threads = torch.get_num_threads()
+        if threads > 1:  # as in a worker: sums split over threads would differ in the last bit
+            torch.set_num_threads(1)
+        try:
+            return _Built(*self.samples.build(micro))
+        except ValueError as problem:
+            return _Built(None, (), str(problem), users=True)
+        except Exception:
+            return _Built(None, (), traceback.format_exc())
+        finally:
+            if threads > 1:
+                torch.set_num_threads(threads)
+
+
+class Loader:
+    """Micro-batches of one process, on the CPU, from any step to infinity.
+
+    Args:
+        source: the images.
+        data: the recipe's section (channels, range, limits, jitter).
+        views, masks: of the recipe.
+        grids: view -> (rows, columns) of the encoder's output tokens.
+        stride: pixels of one output token's side.
+        batch_size: images of an optimizer step over all processes and micro-batches.
+        micro_batch: images of one forward pass of this process.
+        total_steps: of the run; needed only by a mask that starts after a percentage.
+        on_broken: called once for each broken image, in the main process.
+
+    Raises:
+        ValueError: batch, mask or view that does not fit.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        data: DataSettings,
+        views: Mapping[str, ViewSettings],
+        masks: Mapping[str, MaskSettings],
+        *,
+        grids: Mapping[str, tuple[int, int]],
+        stride: int,
+        batch_size: int,
+        micro_batch: int | None = None,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+        total_steps: int = 0,
+        pin_memory: bool = False,
+        on_broken: Callable[[Broken], None] | None = None,
+    ) -> None:
+        micro_batch = micro_batch or max(1, batch_size // world)
+        self._order = (len(source), batch_size, micro_batch, seed)
+        self._place = {"rank": rank, "world": world}
+        order = BatchOrder(*self._order, rank=rank, world=world)
+        self.steps_per_epoch, self.accumulation = order.steps_per_epoch, order.accumulation
+        for mask in masks.values():
+            hidden_count(mask, grids[mask.view], stride)  # refuses what does not fit, before a worker does
+        starts = {name: _start(mask, total_steps, self.steps_per_epoch) for name, mask in masks.items()}
+        self.samples = Samples(
+            source, Decoder.of(data), Views(views, data.jitter), dict(masks), dict(grids), stride, starts, seed
+        )
+        self.max_broken, self.workers, self.pin_memory, self.on_broken = data.max_broken, workers, pin_memory, on_broken
+        self.broken: dict[int, Broken] = {}
+        """images that could not be read, by number"""
+
+    def iterate(self, step: int = 0) -> Iterator[Batch]:
+        """`accumulation` micro-batches for every optimizer step from `step` on, without end.
+
+        Raises:
+            ValueError: more than `data.max_broken` of the images are broken.
+        """
+        order = BatchOrder(*self._order, **self._place, start=step)
+        builds: Iterable[_Built] = DataLoader(
+            _Building(self.samples),
+            sampler=order,
+            batch_size=None,  # an item is a micro-batch already
+            collate_fn=_as_is,
+            num_workers=self.workers,
+            pin_memory=self.pin_memory,
+            prefetch_factor=4 if self.workers else None,
+        )
+        for built in builds:
+            self._note(built.broken)
+            if built.batch is None:
+                if built.users:
+                    raise ValueError(built.problem)
+                raise RuntimeError(f"a batch could not be built:\n{built.problem}")
+            yield built.batch
+
+    def _note(self, broken: Iterable[Broken]) -> None:
+        for image in broken:
+            if image.id in self.broken:  # another worker met it first
+                continue
+            self.broken[image.id] = image
+            if self.on_broken:
+                self.on_broken(image)
+        images = len(self.samples.source)
+        if len(self.broken) > self.max_broken * images:
+            last = list(self.broken.values())[-3:]
+            raise ValueError(
+                f"{len(self.broken)} of {images} images are broken, data.max_broken allows {self.max_broken:.2%}. The last: "
+                + "; ".join(f"{image.name} {image.reason}" for image in last)
+            )
+
+
+def _as_is(built: Any) -> Any:
+    return built
+
+
+def _start(mask: MaskSettings, total_steps: int, steps_per_epoch: int) -> float:
+    return to_steps(mask.start, total_steps, steps_per_epoch) if isinstance(mask, BlockMask) else 0.0

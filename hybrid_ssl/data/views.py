@@ -1,0 +1,129 @@
+"""Views of one image: boxes are drawn, cut, resized and coloured; the image is decoded once for all of them.
+
+Order, as in DINO (arXiv 2104.14294) and MoCo v3 (arXiv 2104.02057): crop, flip, jitter, gray, blur, solarize; the
+normalisation happens later on the device, so that uint8 travels. Boxes follow torchvision's RandomResizedCrop: ten tries,
+then the largest central box within the ratio. Everything is a function of (seed, epoch, sample, view): geometry and
+colour have a generator each, so that a view which is `like` another gets the same boxes and flips (BEiT's second, smaller
+picture, arXiv 2106.08254), and the same colours where its settings are the same.
+
+Geometry (`draw_boxes`) knows no pixels and `cut` no random numbers: another modality of the same image is cut by the same
+boxes. Legend: C channels, V crops; images are uint8 [C, H, W], a view uint8 [V, C, h, w].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from random import Random
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .colour import apply_colour, draw_colour
+from .order import keyed
+from .settings import ViewSettings
+
+_TRIES = 10  # torchvision
+
+
+class Box(NamedTuple):
+    """Where a crop comes from, in pixels of the image, and how it is flipped."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    hflip: bool = False
+    vflip: bool = False
+
+
+class Views:
+    """All view groups of a recipe, for one image at a time.
+
+    Args:
+        settings: view name -> its settings.
+        jitter: `fast` or `exact`, see `colour.py`.
+
+    Raises:
+        ValueError: if a view is `like` one that does not exist, is itself `like` another, or has another number of crops.
+    """
+
+    def __init__(self, settings: Mapping[str, ViewSettings], jitter: Literal["fast", "exact"] = "fast") -> None:
+        self.settings, self.jitter = dict(settings), jitter
+        for name, view in self.settings.items():
+            _check_like(name, view, self.settings)
+
+    def __call__(self, image: Tensor, seed: int, epoch: int, sample_id: int) -> dict[str, Tensor]:
+        """uint8 [C, H, W] -> {view: uint8 [V, C, h, w]}."""
+        height, width = image.shape[-2:]
+        out = {}
+        for name, view in self.settings.items():
+            base = view.like or name
+            boxes = draw_boxes(self.settings[base], height, width, keyed(seed, epoch, sample_id, f"{base}/box"))
+            rng = keyed(seed, epoch, sample_id, f"{base}/colour")
+            out[name] = torch.stack([self._crop(image, view, v, box, rng) for v, box in enumerate(boxes)])
+        return out
+
+    def _crop(self, image: Tensor, view: ViewSettings, number: int, box: Box, rng: Random) -> Tensor:
+        crop = cut(image, box, view.height_width, view.interpolation)
+        return apply_colour(crop, draw_colour(view, number, rng), view.solarize_threshold, self.jitter)
+
+
+def draw_boxes(view: ViewSettings, height: int, width: int, rng: Random) -> list[Box]:
+    """The boxes of a view's crops in an image of `height` x `width`."""
+    boxes = []
+    for _ in range(view.crops):
+        if view.crop == "center":
+            box = center_box(height, width, view.height_width)
+        else:
+            box = _random_box(view, height, width, rng)
+        boxes.append(box._replace(hflip=rng.random() < view.hflip, vflip=rng.random() < view.vflip))
+    return boxes
+
+
+def center_box(height: int, width: int, size: tuple[int, int]) -> Box:
+    """The largest central box with the aspect of `size`: resizing it is resizing the short side and cutting the centre."""
+    scale = min(height / size[0], width / size[1])
+    h, w = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+    return Box((height - h) // 2, (width - w) // 2, h, w)
+
+
+def cut(image: Tensor, box: Box, size: tuple[int, int], interpolation: str) -> Tensor:
+    """Cut `box`, resize it with antialiasing and flip: uint8 [C, H, W] -> uint8 [C, h, w], contiguous."""
+    crop = image[None, :, box.top : box.top + box.height, box.left : box.left + box.width]
+    if (box.height, box.width) != size:
+        # channels-last uint8 takes torch's AVX2 path: 0.18 ms for 300x400 -> 224, PIL needs 0.94 ms
+        crop = crop.contiguous(memory_format=torch.channels_last)
+        crop = F.interpolate(crop, size=size, mode=interpolation, antialias=True)
+    flips = [axis for axis, flip in ((-1, box.hflip), (-2, box.vflip)) if flip]
+    return (crop.flip(flips) if flips else crop)[0].contiguous()
+
+
+def _random_box(view: ViewSettings, height: int, width: int, rng: Random) -> Box:
+    low, high = math.log(view.ratio[0]), math.log(view.ratio[1])
+    for _ in range(_TRIES):
+        area = height * width * (view.scale[0] + (view.scale[1] - view.scale[0]) * rng.random())
+        ratio = math.exp(low + (high - low) * rng.random())
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return Box(int(rng.random() * (height - h + 1)), int(rng.random() * (width - w + 1)), h, w)
+    h, w = height, width
+    if width / height < view.ratio[0]:
+        h = min(height, max(1, round(width / view.ratio[0])))
+    elif width / height > view.ratio[1]:
+        w = min(width, max(1, round(height * view.ratio[1])))
+    return Box((height - h) // 2, (width - w) // 2, h, w)
+
+
+def _check_like(name: str, view: ViewSettings, views: Mapping[str, ViewSettings]) -> None:
+    if view.like is None:
+        return
+    if view.like not in views or view.like == name:
+        raise ValueError(f"view {name!r} is like {view.like!r}; other views are: {', '.join(v for v in views if v != name)}")
+    other = views[view.like]
+    if other.like is not None:
+        raise ValueError(f"view {name!r} is like {view.like!r}, which is like {other.like!r}: name {other.like!r} directly")
+    if other.crops != view.crops:
+        raise ValueError(f"view {name!r} has {view.crops} crops, {view.like!r} has {other.crops}: they must be as many")

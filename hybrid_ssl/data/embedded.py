@@ -9,10 +9,10 @@ _HERE = Path(__file__).parent
 _SETS = {"fashion_mnist": _HERE / "fashion_mnist"}
 
 
-def embedded_files(source: str) -> dict[str, Path]:
-    """Parquet file of each split of an embedded set, e.g. of `embedded:fashion_mnist`; independent of the cwd."""
+def embedded_folder(source: str) -> Path:
+    """Folder with a parquet file for each split, e.g. of `embedded:fashion_mnist`; independent of the cwd."""
     name = source.removeprefix(SCHEME)
     if name not in _SETS:
         known = ", ".join(SCHEME + known for known in _SETS)
         raise ValueError(f"data.source: {source!r} is no embedded data set; there is: {known}")
-    return {split: _SETS[name] / f"{split}.parquet" for split in ("train", "test")}
+    return _SETS[name]

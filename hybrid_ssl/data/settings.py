@@ -36,7 +36,7 @@ class DataSettings(Settings):
 
     source: str | list[str]
     """a folder (recursive), a list of folders, a .txt list of files, a Hub data set name, parquet / arrow files, a
-    `save_to_disk` folder or .tar shards"""
+    `save_to_disk` folder, .tar shards, or `embedded:fashion_mnist`, a small labelled set in the package"""
     split: str = "train"
     """split of a Hugging Face data set"""
     config: str | None = None

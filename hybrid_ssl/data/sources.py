@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .embedded import SCHEME, embedded_folder
 from .order import permutation
 from .settings import DataSettings
 
@@ -102,6 +103,7 @@ def open_named(
     from .tables import is_table, open_table
 
     names = [named] if isinstance(named, str) else list(named)
+    names = [str(embedded_folder(name)) if name.startswith(SCHEME) else name for name in names]
     if not names:
         raise ValueError("data.source is an empty list: name a folder, a file or a data set")
     paths = [Path(name).expanduser() for name in names]

@@ -47,7 +47,8 @@ def test_header_has_the_command_and_the_hardware(path: Path) -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_view_and_mask_has_a_user(path: Path) -> None:
     recipe = read_recipe(path)
-    words = {value for settings in recipe.objectives.values() for value in vars(settings).values() if isinstance(value, str)}
+    values = [value for settings in recipe.objectives.values() for value in vars(settings).values()]
+    words = {value for value in values if isinstance(value, str)}
     assert recipe.masks.keys() <= words and recipe.views.keys() <= words
 
 

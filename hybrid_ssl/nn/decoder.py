@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .attention import Block
 from .patches import gather_rows
+from .precision import for_weight
 from .sincos import sincos_2d
 
 
@@ -62,7 +63,8 @@ class Decoder(nn.Module):
             [B, N_hidden, L], in the order of `hidden`.
         """
         b, n = hidden.shape
-        known = self.embed(torch.cat([cls.unsqueeze(1), patches], dim=1))  # [B, 1 + N_visible, d]
+        known = torch.cat([cls.unsqueeze(1), patches], dim=1)
+        known = self.embed(for_weight(known, self.embed.weight))  # [B, 1 + N_visible, d]
         order = torch.cat([visible.new_full((b, 1), -1), visible, hidden], dim=1) + 1  # position 0 is the class token's
         x = torch.cat([known, self.mask_token.expand(b, n, -1)], dim=1)  # [B, 1 + N, d]
         x = x + gather_rows(self.pos_embed.expand(b, -1, -1), order)

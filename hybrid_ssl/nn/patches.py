@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .precision import full_precision
+
 PatchOrder = Literal["p q c", "c p q"]
 
 
@@ -48,8 +50,3 @@ def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
 def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
     """[B, N, L] at [B, n] -> [B, n, L]."""
     return x.gather(1, rows.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-
-
-def full_precision(x: Tensor) -> Tensor:
-    """float32, or float64 if it was: losses and pixel targets are never computed in half precision."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

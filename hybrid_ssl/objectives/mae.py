@@ -21,7 +21,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ..nn.decoder import Decoder
-from ..nn.patches import full_precision, gather_rows, patch_statistics, patchify, unpatchify
+from ..nn.patches import gather_rows, patch_statistics, patchify, unpatchify
+from ..nn.precision import full_precision
 from ..plan import Batch, EncoderSpec, Forward, Progress, Tokens, hidden_columns, visible_rows
 from .base import Objective, ObjectiveSettings
 

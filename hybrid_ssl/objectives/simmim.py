@@ -3,9 +3,9 @@
 Source: Xie et al., arXiv 2111.09886; written from the paper, checked against transformers' implementation. The encoder
 (ViT or Swin) sees every position, hidden ones as a learned mask token; masks come in units of 32 pixels, wholly hidden
 or wholly visible, so the head needs to run on hidden tokens only and its linear layer is the paper's 1 x 1 convolution
-with PixelShuffle (torch initialises both alike). The loss is the L1 distance on the normalised image, divided by the
-number of hidden pixels + 1e-5 and by the channels, as published; the constant keeps a batch with nothing hidden finite.
-The number is one of the micro-batch: with masks of varying size, micro-batches weigh alike, not pixels.
+with PixelShuffle (torch initialises both alike). The loss is the mean L1 distance over the hidden values of the
+normalised image. The published code adds 1e-5 to the number of hidden pixels, which float32 loses from 256 pixels on;
+here a batch with nothing hidden has loss 0 instead. With masks of varying size, micro-batches weigh alike, not pixels.
 
 Shapes: B images (V * B with several crops), N tokens, n hidden ones in the whole batch, s = encoder stride in pixels,
 L = C * s * s values of a token, in order "c p q".
@@ -18,7 +18,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..nn.patches import full_precision, patchify, unpatchify
+from ..nn.patches import patchify, unpatchify
+from ..nn.precision import for_weight, full_precision
 from ..plan import Batch, EncoderSpec, Forward, Progress, Tokens
 from .base import Objective, ObjectiveSettings
 
@@ -41,15 +42,16 @@ class SimMIM(Objective):
         self.cfg = cfg
         self.masked = Forward("student", cfg.view, cfg.mask)
         self.needs = (self.masked,)
-        self.grid, self.stride, self.channels = encoder.grids[cfg.view], encoder.stride, encoder.in_chans
-        self.head = nn.Linear(encoder.dim, self.channels * self.stride**2)
+        self.grid, self.stride = encoder.grids[cfg.view], encoder.stride
+        self.head = nn.Linear(encoder.dim, encoder.in_chans * self.stride**2)
 
     def loss(self, tokens: Mapping[Forward, Tokens], batch: Batch, now: Progress) -> dict[str, Tensor]:
         """`loss`: L1 distance per hidden value; `baseline`: that of predicting the mean of the hidden values."""
         rows = batch.hidden_rows(self.cfg.mask)
         target = self._pixels(batch).flatten(0, 1).index_select(0, rows)  # [n, L]
-        predicted = full_precision(self.head(tokens[self.masked].patches.flatten(0, 1).index_select(0, rows)))
-        values = self.channels * (len(rows) * self.stride**2 + 1e-5)
+        hidden = tokens[self.masked].patches.flatten(0, 1).index_select(0, rows)  # [n, D]
+        predicted = full_precision(self._predict(hidden))  # [n, L]
+        values = max(1, target.numel())
         return {
             "loss": (predicted - target).abs().sum() / values,
             "baseline": (target - target.mean()).abs().sum() / values,
@@ -59,9 +61,12 @@ class SimMIM(Objective):
     def reconstruct(self, tokens: Mapping[Forward, Tokens], batch: Batch) -> Tensor:
         """The images [B, C, H, W] with predictions in place of the hidden patches."""
         pixels = self._pixels(batch)  # [B, N, L]
-        predicted = self.head(tokens[self.masked].patches).to(pixels.dtype)
+        predicted = self._predict(tokens[self.masked].patches).to(pixels.dtype)
         painted = torch.where(batch.masks[self.cfg.mask].unsqueeze(-1), predicted, pixels)
         return unpatchify(painted, self.grid, self.stride, "c p q")
+
+    def _predict(self, patches: Tensor) -> Tensor:
+        return self.head(for_weight(patches, self.head.weight))
 
     def _pixels(self, batch: Batch) -> Tensor:
         return patchify(full_precision(batch.views[self.cfg.view]), self.stride, "c p q")  # [B, N, L]

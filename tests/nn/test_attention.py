@@ -18,12 +18,22 @@ def test_both_paths_give_the_same_numbers_and_gradients() -> None:
         torch.testing.assert_close(attend(q, k, v), fused)
 
 
-def test_training_on_a_cpu_takes_plain_products() -> None:
-    assert not prefers_fused("cpu", 197, training=True)
-    assert prefers_fused("cpu", 197, training=False)
-    assert not prefers_fused("cpu", 17, training=False)
-    assert prefers_fused("cpu", 5000, training=True)
-    assert prefers_fused("cuda", 17, training=True)
+@pytest.mark.parametrize(
+    ("device", "dtype", "length", "training", "fused"),
+    [
+        ("cpu", torch.bfloat16, 197, True, False),
+        ("cpu", torch.bfloat16, 1024, True, True),
+        ("cpu", torch.float32, 37, True, False),
+        ("cpu", torch.float32, 197, True, True),
+        ("cpu", torch.bfloat16, 197, False, True),
+        ("cpu", torch.bfloat16, 37, False, False),
+        ("cuda", torch.bfloat16, 37, True, True),
+    ],
+)
+def test_path_follows_the_measurements(
+    device: str, dtype: torch.dtype, length: int, training: bool, fused: bool
+) -> None:
+    assert prefers_fused(device, dtype, length, training) is fused
 
 
 def test_block_equals_timms_with_the_same_weights() -> None:

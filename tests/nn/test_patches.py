@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hybrid_ssl.nn.patches import PatchOrder, full_precision, gather_rows, patch_statistics, patchify, unpatchify
+from hybrid_ssl.nn.patches import PatchOrder, gather_rows, patch_statistics, patchify, unpatchify
 
 
 @pytest.mark.parametrize("order", ["p q c", "c p q"])
@@ -42,11 +42,6 @@ def test_a_flat_patch_has_finite_statistics_in_half_precision() -> None:
 def test_gather_takes_rows_of_each_image() -> None:
     x = torch.arange(12.0).reshape(2, 3, 2)
     assert gather_rows(x, torch.tensor([[2, 0], [1, 1]])).tolist() == [[[4, 5], [0, 1]], [[8, 9], [8, 9]]]
-
-
-def test_precision_only_rises() -> None:
-    assert full_precision(torch.zeros(1, dtype=torch.bfloat16)).dtype == torch.float32
-    assert full_precision(torch.zeros(1, dtype=torch.float64)).dtype == torch.float64
 
 
 def test_images_that_do_not_fit_are_refused() -> None:

@@ -5,18 +5,19 @@ from torch import nn
 from hybrid_ssl.nn.patches import patchify
 from hybrid_ssl.objectives.mae import MAE, MAESettings
 from hybrid_ssl.plan import Batch, EncoderSpec, Progress, Tokens, visible_rows
+from tests.objectives import harness
 
 NOW = Progress(0, 10, 10)
 P, GRID, VISIBLE = 4, (2, 3), 2
 
 
-def settings(**more: object) -> MAESettings:
-    return MAESettings(**{"name": "mae", "decoder_dim": 16, "decoder_depth": 2, "decoder_heads": 4, **more})
+SMALL = {"decoder_dim": 16, "decoder_depth": 2, "decoder_heads": 4}
+CASES = {"normalised": SMALL, "raw": {**SMALL, "norm_pixels": False}}
 
 
 def build(width: int = 12, grid: tuple[int, int] = GRID, chans: int = 3, **more: object) -> MAE:
     torch.manual_seed(0)
-    return MAE(settings(**more), EncoderSpec(width, P, in_chans=chans, grids={"plain": grid}))
+    return MAE(MAESettings(**{"name": "mae", **SMALL, **more}), EncoderSpec(width, P, chans, grids={"plain": grid}))
 
 
 def make_batch(images: int = 2, grid: tuple[int, int] = GRID, chans: int = 3, visible: int = VISIBLE) -> Batch:
@@ -117,37 +118,21 @@ def test_asks_for_dropped_patches() -> None:
     assert request.drop and request.net == "student"
 
 
-def test_every_parameter_gets_a_gradient() -> None:
-    mae = build().double()
-    tokens = make_tokens()
-    tokens.cls.requires_grad_(), tokens.patches.requires_grad_()
-    loss_of(mae, tokens, make_batch()).backward()
-    assert [name for name, p in mae.named_parameters() if p.grad is None or not p.grad.any()] == []
-    assert tokens.cls.grad is not None and tokens.patches.grad is not None
+@pytest.mark.parametrize("case", CASES)
+def test_every_parameter_gets_a_gradient(case: str) -> None:
+    harness.check_gradients("mae", CASES[case])
 
 
 def test_state_round_trip() -> None:
-    first, second = build().double(), build().double()
-    nn.init.normal_(first.decoder.mask_token)
-    second.load_state_dict(first.state_dict())
-    assert torch.equal(*(loss_of(mae, make_tokens(), make_batch()) for mae in (first, second)))
+    harness.check_state("mae", SMALL)
 
 
-def test_two_halves_average_to_the_double_batch() -> None:
-    mae, tokens, batch = build().double(), make_tokens(images=4), make_batch(images=4)
-    halves = [
-        loss_of(
-            mae,
-            Tokens(tokens.cls[rows], tokens.patches[rows]),
-            Batch({"plain": batch.views["plain"][rows]}, {"random": batch.masks["random"][rows]}),
-        )
-        for rows in (slice(2), slice(2, 4))
-    ]
-    whole = loss_of(mae, tokens, batch)
-    torch.testing.assert_close(torch.stack(halves).mean(), whole)
-    weights = list(mae.parameters())
-    for a, b in zip(*(torch.autograd.grad(y, weights) for y in (sum(halves) / 2, whole)), strict=True):
-        torch.testing.assert_close(a, b)
+def test_two_ranks_equal_one() -> None:
+    harness.check_two_ranks("mae", CASES)
+
+
+def test_half_precision() -> None:
+    harness.check_half_precision("mae", SMALL)
 
 
 def test_overfits_eight_images() -> None:
@@ -173,14 +158,6 @@ def test_loss_ignores_visible_pixels() -> None:
     assert not torch.equal(other, batch.views["plain"])
     changed = batch._replace(views={"plain": other})
     assert torch.equal(loss_of(mae, make_tokens(), changed), loss_of(mae, make_tokens(), batch))
-
-
-def test_targets_stay_float32_in_half_precision() -> None:
-    mae, batch = build().float(), make_batch()
-    tokens = Tokens(*(x.float() for x in make_tokens()))
-    with torch.autocast("cpu", torch.bfloat16):
-        entries = mae.loss({mae.visible: tokens}, batch._replace(views={"plain": batch.views["plain"].float()}), NOW)
-    assert entries["loss"].dtype == entries["baseline"].dtype == torch.float32
 
 
 @pytest.mark.parametrize("norm_pixels", [True, False])

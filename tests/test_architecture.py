@@ -30,8 +30,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": BASE | {"storage"},
     "monitor": BASE | {"storage", "data", "encoder"},
     "config": MODEL | {"optim", "data", "monitor"},
+    "assemble": MODEL | {"optim", "pretrainer", "data", "config"},
     "hub": MODEL | {"storage", "checkpoint", "config", "data"},
-    "train": MODEL | {"optim", "pretrainer", "data", "storage", "checkpoint", "monitor", "config", "hub"},
+    "train": MODEL | {"optim", "pretrainer", "data", "storage", "checkpoint", "monitor", "config", "assemble", "hub"},
     "downstream": MODEL | {"optim", "data", "storage", "checkpoint", "monitor", "config", "hub"},
     "cli": {"config", "train", "hub", "downstream"},
 }

@@ -16,16 +16,19 @@ import math
 from random import Random
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .settings import JitterSettings, PerCrop, ViewSettings
 
-_LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601, the digits torchvision uses
-_YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]], dtype=torch.float64)
-_RGB = torch.linalg.inv(_YIQ)
-_BLUR_REACH = 4.0  # kernel radius in sigmas; torchvision's usual 23 taps reach 5.5 at sigma 2
+_LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601
+_TO_GRAY = np.tile(_LUMA, (3, 1))
+_YIQ = np.array([_LUMA, [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
+_RGB = np.linalg.inv(_YIQ)
+_NO_JITTER = JitterSettings(p=0.0, brightness=0, contrast=0, saturation=0, hue=0)
+_BLUR_REACH = 3.0  # kernel radius in sigmas: 99.7 % of the weight
 
 
 class Colour(NamedTuple):
@@ -40,9 +43,14 @@ class Colour(NamedTuple):
     solarize: bool
 
 
+def has_colour(view: ViewSettings) -> bool:
+    """Whether anything of this file can happen to the view."""
+    return view.jitter is not None or any(np.any(value) for value in (view.gray, view.blur, view.solarize))
+
+
 def draw_colour(settings: ViewSettings, crop: int, rng: Random) -> Colour:
     """Draw for one crop. The number of draws is constant, so that no setting shifts the draws of another."""
-    jitter = settings.jitter or JitterSettings(p=0.0)
+    jitter = settings.jitter or _NO_JITTER
     factors = {
         "brightness": _factor(rng, jitter.brightness),
         "contrast": _factor(rng, jitter.contrast),
@@ -115,42 +123,51 @@ def _factor(rng: Random, strength: float) -> float:
 
 
 def _transform(pixels: Tensor, colour: Colour) -> Tensor:
-    """Jitter and gray as one affine map of the channels, clamped: float [C, H, W] -> float [C, H, W]."""
-    channels = pixels.shape[0]
-    matrix, offset = colour_matrix(colour, pixels.mean((1, 2), dtype=torch.float64))
-    if channels == 3:
-        flat = torch.addmm(offset.float()[:, None], matrix.float(), pixels.reshape(3, -1))
-    else:  # only brightness and contrast: the matrix is a multiple of the identity, the offset the same everywhere
-        flat = pixels.reshape(channels, -1) * matrix[0, 0].item() + offset[0].item()
-    return flat.clamp_(0, 255).view_as(pixels)
+    """Jitter and gray as one affine map of the channels, clamped: float [C, H, W] -> float [C, H, W], may be in place."""
+    means = pixels.mean((1, 2)).double().numpy() if colour.factors["contrast"] != 1 else np.zeros(len(pixels))
+    if len(pixels) == 3:
+        matrix, offset = (torch.from_numpy(part.astype(np.float32)) for part in colour_matrix(colour, means))
+        pixels = torch.addmm(offset[:, None], matrix, pixels.reshape(3, -1)).view_as(pixels)
+    else:
+        gain, shift = _gain(colour, float(means.mean()))
+        pixels = pixels.mul_(gain).add_(shift)
+    return pixels.clamp_(0, 255)
 
 
-def colour_matrix(colour: Colour, means: Tensor) -> tuple[Tensor, Tensor]:
-    """The affine map of `colour` for a crop with these channel means (0..255): float64 [C, C] and [C]."""
-    channels = len(means)
-    luma = torch.tensor(_LUMA if channels == 3 else [1 / channels] * channels, dtype=torch.float64)
-    to_gray = luma.expand(channels, channels)
-    matrix, offset = torch.eye(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
+def colour_matrix(colour: Colour, means: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The affine map of `colour` for an RGB crop with these channel means (0..255): float64 [3, 3] and [3]."""
+    matrix, offset = np.eye(3), np.zeros(3)
     for name in colour.order:
         factor = colour.factors[name]
         if name == "brightness":
             matrix, offset = matrix * factor, offset * factor
         elif name == "contrast":  # blends with the mean gray, which is affine in the means
-            gray = (luma @ (matrix @ means + offset)).item()
+            gray = _LUMA @ (matrix @ means + offset)
             matrix, offset = matrix * factor, offset * factor + (1 - factor) * gray
-        elif channels == 3:
-            step = _rotate_hue(factor) if name == "hue" else torch.eye(3).double() * factor + (1 - factor) * to_gray
+        else:
+            step = _rotate_hue(factor) if name == "hue" else np.eye(3) * factor + (1 - factor) * _TO_GRAY
             matrix, offset = step @ matrix, step @ offset
-    if colour.gray and channels == 3:
-        matrix, offset = to_gray @ matrix, to_gray @ offset
+    if colour.gray:
+        matrix, offset = _TO_GRAY @ matrix, _TO_GRAY @ offset
     return matrix, offset
 
 
-def _rotate_hue(shift: float) -> Tensor:
+def _gain(colour: Colour, mean: float) -> tuple[float, float]:
+    """Brightness and contrast alone, for images that are not RGB: out = gain x in + shift."""
+    gain, shift = 1.0, 0.0
+    for name in colour.order:
+        factor = colour.factors[name]
+        if name == "brightness":
+            gain, shift = gain * factor, shift * factor
+        elif name == "contrast":
+            gain, shift = gain * factor, shift * factor + (1 - factor) * (gain * mean + shift)
+    return gain, shift
+
+
+def _rotate_hue(shift: float) -> np.ndarray:
     """Hue shift (-0.5..0.5 of the circle) as a rotation in YIQ; red goes to green for positive shifts, as in HSV."""
     sine, cosine = math.sin(-2 * math.pi * shift), math.cos(-2 * math.pi * shift)
-    turn = torch.tensor([[1, 0, 0], [0, cosine, -sine], [0, sine, cosine]], dtype=torch.float64)
-    return _RGB @ turn @ _YIQ
+    return _RGB @ np.array([[1, 0, 0], [0, cosine, -sine], [0, sine, cosine]]) @ _YIQ
 
 
 def _jitter_exactly(crop: Tensor, colour: Colour) -> Tensor:

@@ -29,6 +29,7 @@ from .sources import Source
 from .views import Views
 
 _REPLACEMENTS = 20  # so many broken images one after another mean that all are
+_KEPT_BYTES = 128 * 2**20  # decoded pictures that one process keeps: all of Fashion-MNIST or CIFAR, nothing of ImageNet
 
 
 class Broken(NamedTuple):
@@ -51,7 +52,7 @@ class _Built(NamedTuple):
 
 @dataclass
 class Samples:
-    """Builds the `Batch` of a `MicroBatch`. A pure function, apart from remembering which images are broken."""
+    """Builds the `Batch` of a `MicroBatch`. A pure function, apart from remembering broken images and decoded small ones."""
 
     source: Source
     decoder: Decoder
@@ -65,6 +66,7 @@ class Samples:
 
     def __post_init__(self) -> None:
         self._broken: set[int] = set()
+        self._kept: dict[int, tuple[Tensor, int | None]] = {}
 
     def build(self, micro: MicroBatch) -> tuple[Batch, tuple[Broken, ...]]:
         """Decode once per image, cut all views, draw all masks."""
@@ -92,14 +94,23 @@ class Samples:
         for attempt in range(_REPLACEMENTS):
             if i not in self._broken:
                 try:
-                    payload, label = self.source.read(i)
-                    return self.decoder(payload), i, label
+                    image, label = self._read(i)
+                    return image, i, label
                 except ValueError as problem:
                     reason = str(problem)
                     self._broken.add(i)
                     broken.append(Broken(i, self.source.name(i), reason))
             i = key(self.seed, epoch, wanted, f"replacement {attempt}") % len(self.source)
         raise ValueError(f"{_REPLACEMENTS} images in a row are broken, the last one {self.source.name(i)}: {reason}")
+
+    def _read(self, i: int) -> tuple[Tensor, int | None]:
+        if i in self._kept:
+            return self._kept[i]
+        payload, label = self.source.read(i)
+        image = self.decoder(payload)
+        if image.numel() * len(self.source) <= _KEPT_BYTES:
+            self._kept[i] = image, label
+        return image, label
 
     def _masks(self, name: str, micro: MicroBatch) -> Tensor:
         """bool [V*B, N], view-major like the views."""

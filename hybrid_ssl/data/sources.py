@@ -101,19 +101,21 @@ def open_named(
     """Open a source by its name or path; see `DataSettings` for the arguments."""
     from .files import open_folders, open_list
     from .tables import is_table, open_table
+    from .tars import find_shards, open_tars
 
     names = [named] if isinstance(named, str) else list(named)
     names = [str(embedded_folder(name)) if name.startswith(SCHEME) else name for name in names]
     if not names:
         raise ValueError("data.source is an empty list: name a folder, a file or a data set")
-    paths = [Path(name).expanduser() for name in names]
-    if is_table(paths):
+    if all(is_table(name) for name in names):
         return open_table(names, split=split, config=config, revision=revision, image=image, label=label)
     if image is not None or label is not None:
         raise ValueError(f"{IMAGE_COLUMN_HINT}; {names[0]!r} has no columns: leave them out")
+    paths = [Path(name).expanduser() for name in names]
     if len(paths) == 1 and paths[0].suffix == ".txt" and paths[0].is_file():
         return open_list(paths[0])
-    return open_folders(paths, split)
+    shards = find_shards(names)
+    return open_tars(shards, split) if shards else open_folders(paths, split)
 
 
 def printable(path: str | bytes) -> str:

@@ -7,6 +7,7 @@ file. The image column is the first one of type Image, or of raw bytes; the labe
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from .sources import Source, as_labels
 
 _TABLES = (".parquet", ".arrow")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 class Table(Source):
@@ -75,26 +77,22 @@ def payload(value: Any, name: str) -> Any:
     return value
 
 
-def is_table(paths: Sequence[Path]) -> bool:
-    """Parquet or arrow files, a folder of them, a `save_to_disk` folder, or nothing on this disk: a Hub name."""
-    return all(_is_table(path) for path in paths)
-
-
-def _is_table(path: Path) -> bool:
+def is_table(name: str) -> bool:
+    """A parquet or arrow file, a folder of them, a `save_to_disk` folder, or what may be a name on the Hub."""
+    path = Path(name).expanduser()
     if path.is_dir():
-        return any((path / name).is_file() for name in ("state.json", "dataset_dict.json")) or bool(_table_files(path))
-    if path.is_file():
-        return path.suffix in _TABLES
-    return _may_be_hub_name(path)
+        return _is_saved(path) or bool(_table_files(path))
+    if path.suffix in (*_TABLES, ".txt", ".tar"):
+        return path.suffix in _TABLES and path.is_file()
+    return not path.exists() and bool(_HUB_NAME.fullmatch(name))
+
+
+def _is_saved(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
 def _table_files(folder: Path) -> list[Path]:
     return sorted(file for place in (folder, folder / "data") for suffix in _TABLES for file in place.glob(f"*{suffix}"))
-
-
-def _may_be_hub_name(path: Path) -> bool:
-    text = path.as_posix()
-    return len(path.parts) <= 2 and not path.is_absolute() and not text.startswith((".", "~")) and not path.suffix
 
 
 def open_table(
@@ -102,39 +100,95 @@ def open_table(
 ) -> Table:
     """Open files, a folder or a Hub name and pick the split."""
     title = ", ".join(names)
-    loaded = _load(names, config, revision)
+    loaded = load(names, config, revision, streaming=False)
+    return Table(pick_split(loaded, split, title), image, label, f"{title}[{split}]" if isinstance(loaded, Mapping) else title)
+
+
+def pick_split(loaded: Any, split: str, title: str) -> Any:
+    """The data set itself if it has no splits."""
     if isinstance(loaded, Mapping):
         if split not in loaded:
             raise ValueError(f"{title} has no split {split!r}; it has: {', '.join(loaded)}")
-        loaded, title = loaded[split], f"{title}[{split}]"
-    elif split != "train":
+        return loaded[split]
+    if split != "train":
         raise ValueError(f"{title} has no splits, so only 'train' (everything); {split!r} was asked for")
-    return Table(loaded, image, label, title)
+    return loaded
 
 
-def _load(names: Sequence[str], config: str | None, revision: str | None) -> Any:
-    import datasets
+def load(names: Sequence[str], config: str | None, revision: str | None, streaming: bool) -> Any:
+    """A data set, or a mapping from split to data set.
 
+    Raises:
+        ValueError: with what `datasets` or the Hub had to say, in one line.
+    """
+    title = ", ".join(names)
     paths = [Path(name).expanduser() for name in names]
+    where = "" if paths[0].exists() else " (there is no such file or folder, so it was looked up on the Hub)"
     try:
         if paths[0].is_file():
-            return _load_files([str(path) for path in paths])
+            return _load_files({"train": paths}, streaming)["train"]
         if len(names) > 1:
             raise ValueError("name one data set; a list is for folders of images or for files")
-        if any((paths[0] / name).is_file() for name in ("state.json", "dataset_dict.json")):
-            return datasets.load_from_disk(str(paths[0]))
-        return datasets.load_dataset(str(paths[0]) if paths[0].is_dir() else names[0], config, revision=revision)
-    except (OSError, ValueError, RuntimeError) as problem:
-        where = "" if paths[0].exists() else " (it is no folder or file here, so it was looked up on the Hub)"
-        raise ValueError(f"data.source {', '.join(names)!r} cannot be opened{where}: {str(problem).splitlines()[0]}") from problem
+        return _load_folder(paths[0], config, streaming) if paths[0].is_dir() else _load_hub(title, config, revision, streaming)
+    except Exception as problem:  # arrow, HTTP, file system and parser errors have no base in common
+        reason = str(problem).strip().splitlines()
+        raise ValueError(f"data.source {title!r} cannot be opened{where}: {reason[0] if reason else problem!r}") from problem
 
 
-def _load_files(files: list[str]) -> Any:
+def _load_folder(folder: Path, config: str | None, streaming: bool) -> Any:
     import datasets
 
-    if files[0].endswith(".arrow"):
-        return datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files])
-    return datasets.load_dataset("parquet", data_files=files, split="train")
+    if _is_saved(folder):
+        loaded = datasets.load_from_disk(str(folder))
+        if not streaming:
+            return loaded
+        to_stream = lambda one: one.to_iterable_dataset(num_shards=min(64, len(one)))  # noqa: E731
+        return {k: to_stream(v) for k, v in loaded.items()} if isinstance(loaded, Mapping) else to_stream(loaded)
+    card = folder / "README.md"
+    if card.is_file() and card.read_bytes()[:4] == b"---\n":  # a clone of a Hub repository may define its splits there
+        return datasets.load_dataset(str(folder), config, streaming=streaming)
+    files = _table_files(folder)
+    splits: dict[str, list[Path]] = {}
+    for file in files:  # train-00000-of-00004.parquet
+        splits.setdefault(re.split(r"[-_.]", file.stem)[0], []).append(file)
+    named = splits.keys() <= {"train", "validation", "val", "valid", "test"}
+    return _load_files(splits, streaming) if named else _load_files({"train": files}, streaming)["train"]
+
+
+def _load_files(splits: Mapping[str, Sequence[Path]], streaming: bool) -> Any:
+    import datasets
+
+    kinds = {file.suffix for files in splits.values() for file in files}
+    if len(kinds) > 1 or not kinds <= set(_TABLES):
+        raise ValueError(f"files of one kind are needed, parquet or arrow; got {', '.join(sorted(kinds))}")
+    if kinds == {".arrow"} and not streaming:  # memory-mapped where they are
+        load_each = datasets.Dataset.from_file
+        return {k: datasets.concatenate_datasets([load_each(str(f)) for f in files]) for k, files in splits.items()}
+    names = {split: [str(file) for file in files] for split, files in splits.items()}
+    return datasets.load_dataset(kinds.pop()[1:], data_files=names, streaming=streaming)
+
+
+def _load_hub(name: str, config: str | None, revision: str | None, streaming: bool) -> Any:
+    """Ask the Hub once; without an answer, only the cache is looked at (`datasets` would retry for half a minute)."""
+    import datasets
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+    offline = datasets.config.HF_HUB_OFFLINE
+    try:
+        HfApi().dataset_info(name, revision=revision, timeout=10)
+    except RepositoryNotFoundError:
+        raise ValueError("the Hub has no such data set, or not for you (`hf auth login` if it is gated)") from None
+    except (HFValidationError, HfHubHTTPError):
+        raise
+    except Exception:  # no network; the HTTP library's errors differ between its versions
+        datasets.config.HF_HUB_OFFLINE = True
+    try:
+        return datasets.load_dataset(name, config, revision=revision, streaming=streaming)
+    except ConnectionError:
+        raise ValueError("the Hub cannot be reached, and the cache has no copy") from None
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
 
 
 def _image_column(features: Mapping[str, Any], wanted: str | None, title: str) -> str:

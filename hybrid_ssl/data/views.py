@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .colour import apply_colour, draw_colour
+from .colour import apply_colour, draw_colour, has_colour
 from .order import keyed
 from .settings import ViewSettings
 
@@ -52,6 +52,7 @@ class Views:
 
     def __init__(self, settings: Mapping[str, ViewSettings], jitter: Literal["fast", "exact"] = "fast") -> None:
         self.settings, self.jitter = dict(settings), jitter
+        self._coloured = {name for name, view in self.settings.items() if has_colour(view)}
         for name, view in self.settings.items():
             _check_like(name, view, self.settings)
 
@@ -62,12 +63,14 @@ class Views:
         for name, view in self.settings.items():
             base = view.like or name
             boxes = draw_boxes(self.settings[base], height, width, keyed(seed, epoch, sample_id, f"{base}/box"))
-            rng = keyed(seed, epoch, sample_id, f"{base}/colour")
-            out[name] = torch.stack([self._crop(image, view, v, box, rng) for v, box in enumerate(boxes)])
+            crops = [cut(image, box, view.height_width, view.interpolation) for box in boxes]
+            if name in self._coloured:
+                rng = keyed(seed, epoch, sample_id, f"{base}/colour")
+                crops = [self._colour(crop, view, number, rng) for number, crop in enumerate(crops)]
+            out[name] = torch.stack(crops)
         return out
 
-    def _crop(self, image: Tensor, view: ViewSettings, number: int, box: Box, rng: Random) -> Tensor:
-        crop = cut(image, box, view.height_width, view.interpolation)
+    def _colour(self, crop: Tensor, view: ViewSettings, number: int, rng: Random) -> Tensor:
         return apply_colour(crop, draw_colour(view, number, rng), view.solarize_threshold, self.jitter)
 
 

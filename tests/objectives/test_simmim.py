@@ -1,7 +1,9 @@
 import pytest
 import torch
+from timm.models import SwinTransformer, VisionTransformer
 from torch import nn
 
+from hybrid_ssl.encoder import wrap
 from hybrid_ssl.nn.patches import patchify
 from hybrid_ssl.objectives.simmim import SimMIM, SimMIMSettings
 from hybrid_ssl.plan import Batch, EncoderSpec, Progress, Tokens
@@ -116,6 +118,23 @@ def test_any_grid_stride_and_number_of_channels(grid: tuple[int, int], chans: in
     entries = simmim.loss(tokens, batch, NOW)
     assert entries["loss"].isfinite() and not entries["baseline"].requires_grad
     assert simmim.reconstruct(tokens, batch).shape == batch.views["plain"].shape
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        VisionTransformer(16, 4, num_classes=0, embed_dim=24, depth=1, num_heads=2),
+        SwinTransformer(16, 1, num_classes=0, embed_dim=8, depths=(1, 1, 1), num_heads=(1, 2, 2), window_size=4),
+    ],
+)
+def test_trains_the_mask_token_of_a_vit_and_of_a_swin(model: nn.Module) -> None:
+    encoder, batch = wrap(model), make_batch(grid=(4, 4))
+    encoder.add_mask_token()
+    encoder.double()
+    spec = encoder.spec({"plain": (16, 16)}, {"plain": 1})
+    simmim = SimMIM(SimMIMSettings(name="simmim"), spec).double()
+    loss_of(simmim, encoder(batch.views["plain"], batch.masks["units"]), batch).backward()
+    assert encoder.mask_token is not None and encoder.mask_token.grad is not None and encoder.mask_token.grad.any()
 
 
 def test_asks_for_mask_tokens_in_the_students_place() -> None:

@@ -1,4 +1,4 @@
-"""Every recipe parses, says what it was run on, and carries the paper's numbers."""
+"""Every recipe parses, says what it was run on, carries the paper's numbers, and trains when it is made small."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_ssl.config import build_recipe, dump_recipe, parse_yaml, read_recipe
+from hybrid_ssl.assemble import build, build_pretrainer, lay_out, used_views
+from hybrid_ssl.config import Recipe, build_recipe, dump_recipe, parse_yaml, read_recipe
+from hybrid_ssl.data.loader import Loader
+from hybrid_ssl.data.sources import open_source
+from hybrid_ssl.plan import Progress
+from hybrid_ssl.pretrainer import Pretrainer
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
@@ -24,6 +29,47 @@ PUBLISHED = {  # learning rate of a step, images in it, length: as the papers an
     "ibot_vitb": (3e-3, 1024, "400 epochs"),
     "ibot_swint": (2e-3, 1024, "300 epochs"),
 }
+
+SMALL_ENCODER = {
+    "vit": ["embed_dim=48", "depth=2"],
+    "swin": ["embed_dim=16", "depths=[1, 1, 2, 1]", "num_heads=[1, 2, 2, 4]", "window_size=2"],
+}
+SMALL_HEADS = {
+    "mae": ["decoder_dim=32", "decoder_depth=1", "decoder_heads=2"],
+    "simmim": [],
+    "moco_v3": ["hidden=32", "dim=16"],
+    "dino": ["out_dim=32", "hidden=32", "bottleneck=16"],
+    "ibot": ["out_dim=32", "hidden=32", "bottleneck=16"],
+}
+SMALL_SIDE = {28: 28, 96: 32, 192: 64, 224: 64}
+
+
+def reduced(path: Path) -> Recipe:
+    """The recipe with a narrow encoder, small views and heads, and 16 embedded images; all else is its own."""
+    full = read_recipe(path)
+    changes = ["data.source=embedded:fashion_mnist", "data.limit=16", "run.length=2 steps", "run.precision=fp32"]
+    changes += ["run.batch_size=4", "run.micro_batch=2", "run.workers=0"]
+    changes += [f"encoder.args.{change}" for change in SMALL_ENCODER[full.encoder.name.split("_")[0]]]
+    changes += [f"views.{name}.size={SMALL_SIDE[view.height_width[0]]}" for name, view in full.views.items()]
+    changes += [f"masks.{name}.min_tokens=1" for name, mask in full.masks.items() if mask.kind == "block"]
+    for label, name in full.used_names.items():
+        changes += [f"objectives.{label}.{change}" for change in SMALL_HEADS[name]]
+    return read_recipe(path, changes)
+
+
+def loader_of(recipe: Recipe, pretrainer: Pretrainer) -> Loader:
+    views, masks = used_views(recipe, pretrainer)
+    return Loader(
+        open_source(recipe.data),
+        recipe.data,
+        {name: recipe.views[name] for name in views},
+        {name: recipe.masks[name] for name in masks},
+        grids=pretrainer.spec.grids,
+        stride=pretrainer.spec.stride,
+        batch_size=recipe.run.batch_size,
+        micro_batch=recipe.run.micro_batch,
+        total_steps=2,
+    )
 
 
 def test_the_promised_recipes_are_there() -> None:
@@ -66,3 +112,23 @@ def test_learning_rate_batch_and_length_are_the_published_ones(name: str) -> Non
 def test_moco_v3_alone_moves_its_teacher_with_the_next_momentum(path: Path) -> None:
     recipe = read_recipe(path)
     assert recipe.teacher.offset == int("moco_v3" in recipe.used_names.values())
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_reduced_recipe_trains_two_steps_with_every_parameter(path: Path) -> None:
+    recipe = reduced(path)
+    channels = [0.5] * recipe.data.channels
+    pretrainer = build_pretrainer(recipe, channels, channels, layout=lay_out(recipe, world=1))
+    trained = {name: p for name, p in pretrainer.named_parameters() if p.requires_grad}
+    optimizer = build(recipe, pretrainer)
+    batches = loader_of(recipe, pretrainer).iterate()
+    for step in range(2):
+        for micro in range(2):
+            loss, _ = pretrainer(next(batches), Progress(step, 2, 4, micro=micro))
+            assert loss.isfinite()
+            (loss / 2).backward()
+        assert not [name for name, p in trained.items() if p.grad is None], "DDP would wait for these"
+        optimizer.step()
+        optimizer.zero_grad()
+        pretrainer.move_teachers(0.9)
+    assert all(p.isfinite().all() for p in trained.values())

@@ -6,6 +6,8 @@ import difflib
 import importlib
 
 from .base import Objective
+from .dino import DINO
+from .ibot import IBOT
 from .mae import MAE
 from .moco_v3 import MoCoV3
 from .simmim import SimMIM
@@ -14,6 +16,8 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "mae": MAE,
     "simmim": SimMIM,
     "moco_v3": MoCoV3,
+    "dino": DINO,
+    "ibot": IBOT,
 }
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
+from pydantic import AfterValidator
 from torch import Tensor, nn
 
 from ..plan import Batch, EncoderSpec, Forward, Progress, Tokens
-from ..schedule import Duration, Value
+from ..schedule import Duration, Ramp, Value
 from ..settings import Settings
 
 
@@ -20,6 +21,17 @@ class ObjectiveSettings(Settings):
     """a name of `hybrid_ssl.objectives.OBJECTIVES`, or `my_package.my_module:MyObjective`"""
     weight: Value = 1.0
     """factor of this objective's loss in the sum; a number or a ramp"""
+
+
+def _positive(value: float | Ramp) -> float | Ramp:
+    ends = (value.start, value.end) if isinstance(value, Ramp) else (value,)
+    if min(ends) <= 0:
+        raise ValueError(f"a temperature must be above 0, got {min(ends)}")
+    return value
+
+
+Temperature = Annotated[Value, AfterValidator(_positive)]
+"""A positive number, or a `Ramp` between two."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +58,8 @@ class Objective(nn.Module):
 
     Config: ClassVar[type[ObjectiveSettings]]
     needs: tuple[Forward, ...]
+    compares_views: ClassVar[bool] = True
+    """whether features of views are compared, so that they can collapse; False for pure reconstruction"""
 
     def __init__(self, cfg: ObjectiveSettings, encoder: EncoderSpec) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ CASES = {"whole": SMALL, "dropped": {**SMALL, "mask": "random", "drop": True}}
 
 
 def by_hand(head: list[Tensor], x: list[list[float]]) -> Tensor:
-    """Linear, BatchNorm, ReLU, ..., Linear, BatchNorm, written out; `head` lists the matrices, scales are 1, shifts 0."""
+    """Linear, BatchNorm, ReLU, ..., Linear, BatchNorm, written out; `head` is the list of matrices."""
     rows = torch.tensor(x, dtype=torch.float64)
     for depth, matrix in enumerate(head):
         rows = torch.stack([torch.stack([(row * weights).sum() for weights in matrix]) for row in rows])
@@ -63,8 +63,8 @@ def test_loss_equals_the_formula() -> None:
 
 def test_loss_of_random_heads_is_near_four_tau_log_of_the_batch() -> None:
     objective = harness.build("moco_v3", {"hidden": 64, "dim": 256})
-    loss = float(objective.loss(*harness.make_inputs(objective.needs, images=256), harness.now())["loss"])
-    assert loss == pytest.approx(4 * 0.2 * math.log(256) + 4 * 0.2 / (2 * 256 * 0.2**2), rel=0.03)
+    loss = objective.loss(*harness.make_inputs(objective.needs, images=256), harness.now())["loss"]
+    assert loss.item() == pytest.approx(4 * 0.2 * math.log(256) + 4 * 0.2 / (2 * 256 * 0.2**2), rel=0.03)
 
 
 def test_queries_of_a_mask_are_maes_pass() -> None:
@@ -107,5 +107,5 @@ def test_every_setting_changes_the_loss(changed: dict[str, float]) -> None:
     losses = []
     for settings in (SMALL, {**SMALL, **changed}):
         objective = harness.build("moco_v3", settings)
-        losses.append(float(objective.loss(*harness.make_inputs(objective.needs), harness.now())["loss"]))
+        losses.append(objective.loss(*harness.make_inputs(objective.needs), harness.now())["loss"].item())
     assert losses[0] != losses[1]

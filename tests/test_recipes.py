@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_ssl.assemble import build, build_pretrainer, lay_out, used_views
+from hybrid_ssl.assemble import build_groups, build_pretrainer, lay_out, used_views
 from hybrid_ssl.config import Recipe, build_recipe, dump_recipe, parse_yaml, read_recipe
 from hybrid_ssl.data.loader import Loader
 from hybrid_ssl.data.sources import open_source
+from hybrid_ssl.optim import build_optimizer
 from hybrid_ssl.plan import Progress
 from hybrid_ssl.pretrainer import Pretrainer
 
@@ -120,7 +121,7 @@ def test_reduced_recipe_trains_two_steps_with_every_parameter(path: Path) -> Non
     channels = [0.5] * recipe.data.channels
     pretrainer = build_pretrainer(recipe, channels, channels, layout=lay_out(recipe, world=1))
     trained = {name: p for name, p in pretrainer.named_parameters() if p.requires_grad}
-    optimizer = build(recipe, pretrainer)
+    optimizer = build_optimizer(recipe.optimizer, build_groups(recipe, pretrainer))
     batches = loader_of(recipe, pretrainer).iterate()
     for step in range(2):
         for micro in range(2):

@@ -1,97 +1,15 @@
-"""The model card: written from the tensors and the facts of the run, never typed.
-
-What a card must not say is left out by construction: paths, hosts, user names, tokens. Data sources are named only if
-they are public (a Hub data set); any local path becomes "local images". YAML is written by a YAML writer.
-"""
+"""The model card: written from the tensors and the facts of the run, never typed. YAML is written by a YAML writer."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 from torch import nn
 
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_FILE_SUFFIX = re.compile(r"\.(txt|tar|parquet|arrow|csv|jsonl?|zip|gz)\b", re.IGNORECASE)
-_PATH_KEYS = {"source", "test_source", "init", "out"}
-LOCAL = "local images"
-
-
-@dataclass(frozen=True)
-class CardFacts:
-    """What a run knows about the encoder it hands over. Everything is optional; what is missing is not mentioned."""
-
-    title: str = "encoder"
-    network: str = "student"
-    """which of the run's networks this is: student or teacher"""
-    objectives: Mapping[str, str] = field(default_factory=dict)
-    """label -> weight as text, e.g. {"mae": "1", "moco_v3": "0.1 to 1 over 10 epochs"}"""
-    methods: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    """name of a method -> (what it is, arXiv id)"""
-    data: Sequence[str] = ()
-    """sources as the recipe names them; local ones are not printed"""
-    images: int | None = None
-    steps: int | None = None
-    epochs: float | None = None
-    batch_size: int | None = None
-    seconds: float | None = None
-    hardware: str | None = None
-    """e.g. "1 x NVIDIA H200", "2 CPU cores" """
-    probe: Mapping[str, float] = field(default_factory=dict)
-    """k-NN accuracies in 0..1 by who computed the features: "this encoder", "raw pixels", "before training" """
-    probe_name: str = "k-NN top-1"
-    base_model: str | None = None
-    """where the weights started, if not at random"""
-    recipe: Mapping[str, Any] = field(default_factory=dict)
-    """the resolved recipe"""
-
-    @property
-    def papers(self) -> tuple[str, ...]:
-        """arXiv ids of the methods, each once."""
-        return tuple(dict.fromkeys(paper for _, paper in self.methods.values()))
-
-    @property
-    def public_data(self) -> list[str]:
-        """The sources that anybody can look up."""
-        return [name for name in self.data if is_public(name)]
-
-    def summary(self) -> dict[str, Any]:
-        """The `ssl` block of config.json: how the encoder was trained, without anything private."""
-        facts = {
-            "network": self.network,
-            "objectives": dict(self.objectives),
-            "images": self.images,
-            "steps": self.steps,
-            "epochs": self.epochs,
-            "batch_size": self.batch_size,
-            "seconds": self.seconds,
-            "hardware": self.hardware,
-            "probe": {self.probe_name: dict(self.probe)} if self.probe else None,
-            "base_model": self.base_model if self.base_model and is_public(self.base_model) else None,
-            "recipe": without_paths(self.recipe),
-        }
-        return {key: value for key, value in facts.items() if value not in (None, {}, [])}
-
-
-def is_public(source: str) -> bool:
-    """Whether `source` is the name of something on the Hub rather than a place on somebody's disk."""
-    return bool(_HUB_NAME.fullmatch(source)) and not _FILE_SUFFIX.search(source) and not Path(source).exists()
-
-
-def without_paths(node: Any, key: str = "") -> Any:
-    """A copy of a recipe in which local places are gone: values of the keys that hold them, and absolute paths."""
-    if isinstance(node, Mapping):
-        return {k: without_paths(v, k) for k, v in node.items() if k != "out"}
-    if isinstance(node, list | tuple):
-        return [without_paths(v, key) for v in node]
-    if isinstance(node, str):
-        local = key in _PATH_KEYS and not is_public(node)
-        return LOCAL if local or re.match(r"[/~\\]|[A-Za-z]:\\|\.\.?/|\w+://", node) else node
-    return node
+from .facts import LOCAL, CardFacts, is_public
 
 
 def write_card(
@@ -217,7 +135,7 @@ def _listed(names: Mapping[str, str]) -> str:
 
 def _cell(text: str) -> str:
     """Text in a table cell: no markup, one line."""
-    return re.sub(r"([|`*_<>\[\]])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([|`*<>\[\]])", r"\\\1", " ".join(text.split()))
 
 
 def _numbers_text(values: Sequence[float]) -> str:

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from .. import __version__
 from ..checkpoint import nonfinite, separate
 from ..storage import publish
-from .card import CardFacts, write_card
+from .card import write_card
+from .facts import CardFacts
 from .verify import VerifyReport, plain_copy, verify_export
 
 # what a reader of the weights needs to build the model; every other key describes somebody else's training
@@ -78,7 +79,7 @@ def export_encoder(
     }
     report = None
     with publish(folder) as path:
-        save_for_hf(plain, path, model_args=dict(model_args or {}), safe_serialization=True, data_config=data)
+        save_for_hf(plain, str(path), model_args=dict(model_args or {}), safe_serialization=True, data_config=data)
         config = _patch(json.loads((path / "config.json").read_text()), data, card, licence)
         (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if heads:

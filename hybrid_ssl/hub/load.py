@@ -10,6 +10,7 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 WEIGHTS = "model.safetensors"
@@ -41,7 +42,7 @@ def load_encoder(
             if hasattr(stem, "img_size"):
                 args["img_size"] = (size, size) if isinstance(size, int) else tuple(size)
         return timm.create_model(source, pretrained=pretrained, **args).eval()
-    except (AssertionError, KeyError, TypeError, RuntimeError, OSError, ValueError) as error:
+    except (AssertionError, KeyError, TypeError, RuntimeError, OSError, ValueError, SafetensorError) as error:
         asked = ", ".join(f"{key}={value}" for key, value in args.items())
         raise ValueError(f"encoder {str(name)!r} cannot be built with {asked}: {error}") from error
 
@@ -65,7 +66,8 @@ def resolve(name: str | Path) -> str:
     near = difflib.get_close_matches(text, timm.list_models(), n=5, cutoff=0.5)
     hub = f"for the Hub write 'hf-hub:{text}'; " if re.fullmatch(r"[\w.-]+/[\w.-]+(@\w+)?", text) else ""
     raise ValueError(
-        f"encoder {text!r} is no folder and no model of timm {timm.__version__}; {hub}similar: {', '.join(near) or 'none'}"
+        f"encoder {text!r} is no folder and no model of timm {timm.__version__}; {hub}"
+        f"similar names: {', '.join(near) or 'none'}"
     )
 
 

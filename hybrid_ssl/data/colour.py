@@ -1,10 +1,10 @@
 """Colour of one crop: jitter, gray, blur, solarize, with every number drawn beforehand from a keyed generator.
 
-Two ways to jitter. `exact` is torchvision's ColorJitter: brightness, contrast, saturation and hue in random order, each
-rounded and clamped to 0..255. `fast` composes the same draws in the same order, and gray after them, into ONE 3x4 matrix:
-the four are affine in the colour (contrast through the mean gray of the crop), except that hue becomes a rotation of the
-I-Q plane instead of a shift in HSV, and that clamping happens once at the end. With strong jitter the two differ
-visibly on saturated colours.
+Two ways to jitter. `exact` is torchvision's ColorJitter: brightness, contrast, saturation and hue in random order,
+each rounded and clamped to 0..255. `fast` composes the same draws in the same order, and gray after them, into ONE
+3x4 matrix: the four are affine in the colour (contrast through the mean gray of the crop), except that hue becomes a
+rotation of the I-Q plane instead of a shift in HSV, and that clamping happens once at the end. With strong jitter the
+two differ visibly on saturated colours.
 
 Saturation, hue and gray are defined for 3 channels only: with any other number of channels they are skipped, and
 brightness and contrast stay. Images are uint8 [C, H, W] at both ends, float32 in 0..255 in between.
@@ -91,7 +91,7 @@ def per_crop(value: PerCrop, crop: int) -> float:
 
 
 def blur(pixels: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur of float [C, H, W], edges mirrored. Shifted sums: 3 times faster here than a depthwise convolution."""
+    """Gaussian blur of float [C, H, W], edges mirrored. Shifted sums: a depthwise convolution takes 3 times as long."""
     height, width = pixels.shape[-2:]
     radius = min(max(1, math.ceil(_BLUR_REACH * sigma)), height - 1, width - 1)
     if radius < 1:
@@ -123,7 +123,7 @@ def _factor(rng: Random, strength: float) -> float:
 
 
 def _transform(pixels: Tensor, colour: Colour) -> Tensor:
-    """Jitter and gray as one affine map of the channels, clamped: float [C, H, W] -> float [C, H, W], may be in place."""
+    """Jitter and gray as one affine map of the channels, clamped: float [C, H, W] -> the same, perhaps in place."""
     means = pixels.mean((1, 2)).double().numpy() if colour.factors["contrast"] != 1 else np.zeros(len(pixels))
     if len(pixels) == 3:
         matrix, offset = (torch.from_numpy(part.astype(np.float32)) for part in colour_matrix(colour, means))

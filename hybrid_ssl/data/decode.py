@@ -1,17 +1,19 @@
 """Encoded bytes, a path, a PIL image or an array -> uint8 [C, H, W] with the number of channels that was asked for.
 
-JPEG is decoded by torchvision (1.6 times PIL's speed here, and channels-last, which the resize likes); everything else by
-PIL, except what PIL reads wrongly without an error: 16-bit PNG (clipped to white, or cut to 8 bits), and TIFF that is not
-plain 8-bit (a 13-channel file opens as a picture of 13 columns). What is done to pixels: EXIF orientation is applied; alpha
-is laid over mid gray; palettes and CMYK become RGB; the first frame of an animation is taken; gray is repeated to 3 channels;
-integers are scaled by the range of their type, or everything by `value_range`. What cannot be meant is refused: float
-images without a range, other channel counts, truncated files (never gray-filled), pictures beyond the pixel limit.
+JPEG is decoded by torchvision (1.6 times PIL's speed here, and channels-last, which the resize likes); everything
+else by PIL, except what PIL reads wrongly without an error: 16-bit PNG (clipped to white, or cut to 8 bits), and TIFF
+that is not plain 8-bit (a 13-channel file opens as a picture of 13 columns). What is done to pixels: EXIF orientation
+is applied; alpha is laid over mid gray; palettes and CMYK become RGB; the first frame of an animation is taken; gray
+is repeated to 3 channels; integers are scaled by the range of their type, or everything by `value_range`. What cannot
+be meant is refused: float images without a range, other channel counts, truncated files (never gray-filled), pictures
+beyond the pixel limit.
 """
 
 from __future__ import annotations
 
 import io
 import os
+import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +31,7 @@ from .settings import DataSettings
 _MID_GRAY = 128
 _PNG_16_BIT = (b"\x89PNG\r\n\x1a\n", 24, 16)  # signature, offset of the bit depth in the header, its value
 _NPY = b"\x93NUMPY"
+_DECODER_ERRORS = (OSError, RuntimeError, SyntaxError, EOFError, IndexError, KeyError, TypeError, struct.error)
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class Decoder:
                 if image.format == "TIFF" and not _is_plain_tiff(image):
                     return self._from_array(_read_tiff(data, self._check_size))
                 return self._from_pil(image)
-            except (OSError, RuntimeError, SyntaxError, EOFError, IndexError, TypeError) as problem:  # PIL raises all of these
+            except _DECODER_ERRORS as problem:
                 raise ValueError(f"cannot be decoded: {_sentence(problem)}") from problem
 
     def _decode_jpeg(self, data: bytes, mode: str) -> Tensor:
@@ -126,7 +129,7 @@ class Decoder:
         megapixels = width * height / 1e6
         if megapixels > self.max_megapixels:
             raise ValueError(
-                f"has {megapixels:.0f} megapixels ({width}x{height}), data.max_megapixels allows {self.max_megapixels:g}"
+                f"has {megapixels:.0f} megapixels ({width}x{height}), data.max_megapixels is {self.max_megapixels:g}"
             )
 
 
@@ -187,7 +190,7 @@ def _read_tiff(data: bytes, check_size: Any) -> np.ndarray:
     try:
         import tifffile
     except ImportError:
-        raise ValueError("is a TIFF of more than 8 bits or several pages: `pip install tifffile imagecodecs` reads it") from None
+        raise ValueError("needs `pip install tifffile imagecodecs`: a TIFF of more than 8 bits or pages") from None
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:
             shape = file.series[0].shape

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from .sources import Source, as_labels, printable
+from .sources import NoSplit, Source, as_labels, printable
 
-EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".npy")
+EXTENSIONS = tuple(".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .npy".split())
 _SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 _SIZED = 1000  # so many file sizes go into the fingerprint: a stat of each of 1e7 files takes minutes on a network disk
 
@@ -27,8 +27,8 @@ _SIZED = 1000  # so many file sizes go into the fingerprint: a stat of each of 1
 class Files(Source):
     """A fixed list of image files.
 
-    The names are packed into one array: a list of 1e7 strings would be copied into every forked worker, page by page, by
-    the reference counts that reading them changes.
+    The names are packed into one array: a list of 1e7 strings would be copied into every forked worker, page by
+    page, by the reference counts that reading changes.
     """
 
     def __init__(self, paths: Sequence[str], labels: Sequence[Any] | None, root: str, sentence: str) -> None:
@@ -90,7 +90,7 @@ def open_list(file: Path) -> Files:
         raise ValueError(f"{printable(str(file))} is empty: write one image path a line, optionally a tab and a label")
     wrong = next((i for i, row in enumerate(rows) if len(row) != len(rows[0]) or len(row) > 2), None)
     if wrong is not None:
-        raise ValueError(f"{printable(str(file))}: line {wrong + 1} is not 'path' or 'path<tab>label' like the first one")
+        raise ValueError(f"{printable(str(file))}: line {wrong + 1} is not 'path' or 'path<tab>label' like line 1")
     paths = [os.path.join(file.parent, row[0].strip()) for row in rows]
     missing = next((path for path in paths if not os.path.exists(path)), None)
     if missing is not None:
@@ -108,13 +108,13 @@ class _Scan:
     def __init__(self, root: str) -> None:
         self.root, self.ignored = root, 0
         self._seen: set[tuple[int, int]] = set()
-        links: list[tuple[str, str]] = []
-        found = [path for path, linked in self._walk(root) if not (linked and links.append((path, os.path.realpath(path))))]
-        if links:
+        walked = list(self._walk(root))
+        found = [path for path, linked in walked if not linked]
+        if len(found) < len(walked):
             real = {os.path.realpath(path) for path in found}
-            first = {target: path for path, target in reversed(links)}
-            found += [path for target, path in first.items() if target not in real]
-            self.ignored += len(links) - sum(target not in real for target in first)
+            targets = {os.path.realpath(path): path for path, linked in reversed(walked) if linked}
+            found += [path for target, path in targets.items() if target not in real]
+            self.ignored += len(walked) - len(found)
         self.images = sorted(found, key=os.fsencode)
         self.folders = len({os.path.dirname(path) for path in self.images})
 
@@ -168,10 +168,10 @@ def _pick_split(folder: Path, split: str) -> str:
     inside = sorted(entry.name for entry in os.scandir(folder) if _is_dir(entry))
     if inside and {name.lower() for name in inside} <= _SPLITS:
         if split not in inside:
-            raise ValueError(f"{printable(str(folder))} has no split {split!r}; it has: {', '.join(inside)}")
+            raise NoSplit(printable(str(folder)), split, inside)
         return os.path.join(folder, split)
     if split != "train":
-        raise ValueError(f"{printable(str(folder))} has no splits, so only 'train' (everything); {split!r} was asked for")
+        raise NoSplit(printable(str(folder)), split, ())
     return str(folder)
 
 

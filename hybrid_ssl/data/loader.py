@@ -1,11 +1,12 @@
 """The loader: micro-batches of views and masks from any step on, the same bits with any number of workers.
 
-A worker gets one `MicroBatch` (step, epoch, image numbers) and builds the whole `Batch` from it; what it returns depends on
-nothing else, so order, resume and randomness need no state. A broken image is reported with the batch, named and
-counted in the main process, and replaced by another image that is a function of (seed, epoch, sample); its random numbers
-stay those of the sample it stands for, so that no two samples of an epoch share them.
+A worker gets one `MicroBatch` (step, epoch, image numbers) and builds the whole `Batch` from it; what it returns
+depends on nothing else, so order, resume and randomness need no state. A broken image is reported with the batch,
+named and counted in the main process, and replaced by another image that is a function of (seed, epoch, sample); its
+random numbers stay those of the sample it stands for, so that no two samples of an epoch share them.
 
-Shapes: B images of a micro-batch, V crops of a view, N tokens; views uint8 [V*B, C, H, W], view-major; masks [V*B, N].
+Shapes: B images of a micro-batch, V crops of a view, N tokens; views uint8 [V*B, C, H, W], view-major; masks [V*B,
+N].
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Broken(NamedTuple):
 
 
 class _Built(NamedTuple):
-    """What a worker sends: the batch, or the text of what went wrong, and the broken images it met for the first time."""
+    """What a worker sends: the batch, or what went wrong as text, and the broken images that are new to it."""
 
     batch: Batch | None
     broken: tuple[Broken, ...]
@@ -52,7 +53,7 @@ class _Built(NamedTuple):
 
 @dataclass
 class Samples:
-    """Builds the `Batch` of a `MicroBatch`. A pure function, apart from remembering broken images and decoded small ones."""
+    """Builds the `Batch` of a `MicroBatch`: a pure function that remembers broken images and small decoded ones."""
 
     source: Source
     decoder: Decoder
@@ -72,8 +73,10 @@ class Samples:
         """Decode once per image, cut all views, draw all masks."""
         broken: list[Broken] = []
         rows = [self._image(micro.epoch, i, broken) for i in micro.indices]
-        drawn = [self.views(image, self.seed, micro.epoch, i) for i, (image, _, _) in zip(micro.indices, rows, strict=True)]
-        views = {name: torch.stack([views[name] for views in drawn], 1).flatten(0, 1) for name in drawn[0]}  # [V*B, C, h, w]
+        drawn = [self.views(row[0], self.seed, micro.epoch, i) for i, row in zip(micro.indices, rows, strict=True)]
+        views = {
+            name: torch.stack([each[name] for each in drawn], 1).flatten(0, 1) for name in drawn[0]
+        }  # [V*B, C, h, w]
         masks = {name: self._masks(name, micro) for name in self.masks}
         hidden = {name: mask.flatten().nonzero().squeeze(1) for name, mask in masks.items()}
         labels = [label for _, _, label in rows if label is not None]
@@ -232,7 +235,7 @@ class Loader:
         if len(self.broken) > self.max_broken * images:
             last = list(self.broken.values())[-3:]
             raise ValueError(
-                f"{len(self.broken)} of {images} images are broken, data.max_broken allows {self.max_broken:.2%}. The last: "
+                f"{len(self.broken)} of {images} images are broken, more than data.max_broken={self.max_broken:g}: "
                 + "; ".join(f"{image.name} {image.reason}" for image in last)
             )
 

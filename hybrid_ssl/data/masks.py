@@ -1,9 +1,9 @@
 """Masks on the encoder's output token grid: random units (MAE, SimMIM) and blocks (BEiT, iBOT). True = hidden.
 
-Random masks hide the same number of units in every crop. MAE (arXiv 2111.06377) keeps int(N (1 - ratio)) tokens, SimMIM
-(arXiv 2111.09886) hides ceil(ratio x units) squares of 32 pixels whatever the patch size; both are ceil of the hidden
-share. Blocks follow BEiT (arXiv 2106.08254): rectangles of random area and aspect until the target is reached. We
-place them with inclusive bounds: I-JEPA's exclusive ones never hide the last row and column. The share of a block
+Random masks hide the same number of units in every crop. MAE (arXiv 2111.06377) keeps int(N (1 - ratio)) tokens,
+SimMIM (arXiv 2111.09886) hides ceil(ratio x units) squares of 32 pixels whatever the patch size; both are ceil of the
+hidden share. Blocks follow BEiT (arXiv 2106.08254): rectangles of random area and aspect until the target is reached.
+We place them with inclusive bounds: I-JEPA's exclusive ones never hide the last row and column. The share of a block
 mask, and iBOT's coin (arXiv 2111.07832), are drawn for each crop by itself.
 
 Legend: a grid is (rows, columns) of tokens, N = rows x columns, row-major; `stride` is the side of a token in pixels.
@@ -60,7 +60,7 @@ def hidden_count(settings: RandomMask | BlockMask, grid: tuple[int, int], stride
     hidden = hidden_units(settings.ratio, units)
     if not 0 < hidden < units:
         raise ValueError(
-            f"ratio {settings.ratio} of view {settings.view!r} hides {hidden} of {units} units: both hidden and visible "
+            f"ratio {settings.ratio} of view {settings.view!r} hides {hidden} of {units} units: hidden and visible "
             "ones are needed; use a larger view, a smaller unit or another ratio"
         )
     return hidden * side * side
@@ -78,8 +78,8 @@ def _unit_side(settings: RandomMask | BlockMask, grid: tuple[int, int], stride: 
     side = settings.unit // stride
     if grid[0] % side or grid[1] % side:
         raise ValueError(
-            f"view {settings.view!r} of {grid[0] * stride}x{grid[1] * stride} pixels is not a whole number of mask units "
-            f"of {settings.unit} pixels: change the view's size or the unit"
+            f"view {settings.view!r} of {grid[0] * stride}x{grid[1] * stride} pixels is not a whole number of mask "
+            f"units of {settings.unit} pixels: change the view's size or the unit"
         )
     return side
 

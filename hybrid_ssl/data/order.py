@@ -1,10 +1,11 @@
 """Order and randomness as functions: which images a micro-batch holds, and the generator of every sample.
 
-Nothing here has a state. The order is a permutation from (seed, epoch); optimizer step s takes one slice of it; micro-batch
-a of that step is a contiguous part of the slice and rank r a contiguous part of the micro-batch. One process with 16
-images, two with 8, and four accumulated micro-batches of 4 therefore see the same images in the same step. Resume needs
-the step, and no worker or process count. A sample's random numbers come from a key of (seed, epoch, sample, purpose),
-never from a global stream: forked workers that share one stream repeat each other's augmentations.
+Nothing here has a state. The order is a permutation from (seed, epoch); optimizer step s takes one slice of it;
+micro-batch a of that step is a contiguous part of the slice and rank r a contiguous part of the micro-batch. One
+process with 16 images, two with 8, and four accumulated micro-batches of 4 therefore see the same images in the same
+step. Resume needs the step, and no worker or process count. A sample's random numbers come from a key of (seed,
+epoch, sample, purpose), never from a global stream: forked workers that share one stream repeat each other's
+augmentations.
 """
 
 from __future__ import annotations
@@ -58,7 +59,15 @@ class BatchOrder(Sampler[MicroBatch]):
     """
 
     def __init__(
-        self, images: int, batch_size: int, micro_batch: int, seed: int, *, rank: int = 0, world: int = 1, start: int = 0
+        self,
+        images: int,
+        batch_size: int,
+        micro_batch: int,
+        seed: int,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        start: int = 0,
     ) -> None:
         if batch_size % (micro_batch * world):
             raise ValueError(
@@ -66,7 +75,7 @@ class BatchOrder(Sampler[MicroBatch]):
                 f"choose a multiple of {micro_batch * world}"
             )
         if images < batch_size:
-            raise ValueError(f"batch_size {batch_size} is more than the {images} images of the data: lower run.batch_size")
+            raise ValueError(f"batch_size {batch_size} is more than the {images} images of the data: lower it")
         self.images, self.batch_size, self.micro_batch, self.seed = images, batch_size, micro_batch, seed
         self.rank, self.world, self.start = rank, world, start
         self.accumulation = batch_size // (micro_batch * world)

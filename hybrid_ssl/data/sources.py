@@ -8,7 +8,7 @@ container costs less than a tenth of a JPEG's decoding.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,15 @@ from .order import permutation
 from .settings import DataSettings
 
 IMAGE_COLUMN_HINT = "data.image names the column of the images, data.label that of the labels"
+
+
+class NoSplit(ValueError):
+    """The source is there, the split is not."""
+
+    def __init__(self, name: str, split: str, known: Iterable[str]) -> None:
+        known = list(known)
+        there = f"it has: {', '.join(known)}" if known else "it has no splits, so only 'train', which is everything"
+        super().__init__(f"{name} has no split {split!r}; {there}")
 
 
 class Source:
@@ -63,7 +72,7 @@ class Subset(Source):
         return len(self.rows)
 
     def read(self, i: int) -> tuple[Any, int | None]:
-        return self.source.read(int(self.rows[i]))
+        return self.source.read(int(self.rows[i]))[0], self.label(i)
 
     def name(self, i: int) -> str:
         return self.source.name(int(self.rows[i]))
@@ -73,7 +82,7 @@ class Subset(Source):
 
 
 def subset(source: Source, count: int, why: str) -> Source:
-    """`count` images drawn once for all (folders sorted by class would else give one class), or all if there are fewer."""
+    """`count` images (drawn: the first ones of sorted folders would be one class), or all if there are fewer."""
     if count >= len(source):
         return source
     return Subset(source, permutation(len(source), 0, 0)[:count].sort().values, why)
@@ -85,7 +94,8 @@ def open_source(cfg: DataSettings) -> Source:
     Raises:
         ValueError: with what was given, what is there, and what to do.
     """
-    source = open_named(cfg.source, split=cfg.split, config=cfg.config, revision=cfg.revision, image=cfg.image, label=cfg.label)
+    place = {"config": cfg.config, "revision": cfg.revision, "image": cfg.image, "label": cfg.label}
+    source = open_named(cfg.source, split=cfg.split, **place)
     return source if cfg.limit is None else subset(source, cfg.limit, "data.limit")
 
 

@@ -12,9 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from .sources import Source, as_labels
+from .sources import NoSplit, Source, as_labels
 
 _TABLES = (".parquet", ".arrow")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -92,7 +90,7 @@ def _is_saved(folder: Path) -> bool:
 
 
 def _table_files(folder: Path) -> list[Path]:
-    return sorted(file for place in (folder, folder / "data") for suffix in _TABLES for file in place.glob(f"*{suffix}"))
+    return sorted(file for place in (folder, folder / "data") for file in place.glob("*") if file.suffix in _TABLES)
 
 
 def open_table(
@@ -101,17 +99,18 @@ def open_table(
     """Open files, a folder or a Hub name and pick the split."""
     title = ", ".join(names)
     loaded = load(names, config, revision, streaming=False)
-    return Table(pick_split(loaded, split, title), image, label, f"{title}[{split}]" if isinstance(loaded, Mapping) else title)
+    title_of_split = f"{title}[{split}]" if isinstance(loaded, Mapping) else title
+    return Table(pick_split(loaded, split, title), image, label, title_of_split)
 
 
 def pick_split(loaded: Any, split: str, title: str) -> Any:
     """The data set itself if it has no splits."""
     if isinstance(loaded, Mapping):
         if split not in loaded:
-            raise ValueError(f"{title} has no split {split!r}; it has: {', '.join(loaded)}")
+            raise NoSplit(title, split, loaded)
         return loaded[split]
     if split != "train":
-        raise ValueError(f"{title} has no splits, so only 'train' (everything); {split!r} was asked for")
+        raise NoSplit(title, split, ())
     return loaded
 
 
@@ -129,10 +128,12 @@ def load(names: Sequence[str], config: str | None, revision: str | None, streami
             return _load_files({"train": paths}, streaming)["train"]
         if len(names) > 1:
             raise ValueError("name one data set; a list is for folders of images or for files")
-        return _load_folder(paths[0], config, streaming) if paths[0].is_dir() else _load_hub(title, config, revision, streaming)
+        if paths[0].is_dir():
+            return _load_folder(paths[0], config, streaming)
+        return _load_hub(title, config, revision, streaming)
     except Exception as problem:  # arrow, HTTP, file system and parser errors have no base in common
-        reason = str(problem).strip().splitlines()
-        raise ValueError(f"data.source {title!r} cannot be opened{where}: {reason[0] if reason else problem!r}") from problem
+        reason = (str(problem).strip().splitlines() or [repr(problem)])[0]
+        raise ValueError(f"data.source {title!r} cannot be opened{where}: {reason}") from problem
 
 
 def _load_folder(folder: Path, config: str | None, streaming: bool) -> Any:
@@ -201,7 +202,9 @@ def _image_column(features: Mapping[str, Any], wanted: str | None, title: str) -
         if kind == "Image":
             return name
     for name, feature in features.items():
-        if getattr(feature, "dtype", None) in ("binary", "large_binary") or (isinstance(feature, dict) and "bytes" in feature):
+        if getattr(feature, "dtype", None) in ("binary", "large_binary"):
+            return name
+        if isinstance(feature, dict) and "bytes" in feature:
             return name
     raise ValueError(f"{title} has no image column; set data.image to one of: {', '.join(features)}")
 

@@ -1,9 +1,9 @@
 """Tar shards in the webdataset layout: members that share a name up to the first dot are one sample.
 
-`0001.jpg` + `0001.cls` (or `0001.json` with a "label") make a labelled image. Shards are indexed once by reading their
-headers; images are then read in any order at their offsets, so that tar files give the same exact order and resume as
-folders do. Nothing is ever extracted or unpickled: member names are never used as paths, only regular members count,
-and a compressed tar, which has no offsets, is refused.
+`0001.jpg` + `0001.cls` (or `0001.json` with a "label") make a labelled image. Shards are indexed once by reading
+their headers; images are then read in any order at their offsets, so that tar files give the same exact order and
+resume as folders do. Nothing is ever extracted or unpickled: member names are never used as paths, only regular
+members count, and a compressed tar, which has no offsets, is refused.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .files import EXTENSIONS
-from .sources import Source, as_labels, printable
+from .sources import NoSplit, Source, as_labels, printable
 
 _LABELS = (".cls", ".json")
 _JSON_KEYS = ("label", "cls", "class", "y")
@@ -50,7 +50,8 @@ class Tars(Source):
         if all(label is not None for label in labels):
             self.labels, self.class_names = as_labels(labels)
         self._sentence = sentence
-        self.fingerprint = hashlib.blake2b(repr((self._names, self._places.tolist())).encode(), digest_size=16).hexdigest()
+        content = repr((self._names, self._places.tolist()))
+        self.fingerprint = hashlib.blake2b(content.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
     def __len__(self) -> int:
         return len(self._names)
@@ -81,7 +82,7 @@ def find_shards(names: Sequence[str]) -> list[Path]:
         if path.is_dir():
             found = sorted(path.glob("*.tar"))
         elif path.name.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
-            raise ValueError(f"{printable(name)} is a compressed tar, which cannot be read in random order: unpack it to .tar")
+            raise ValueError(f"{printable(name)} is a compressed tar, which has no random access: unpack it to .tar")
         else:
             found = sorted(Path(p) for p in glob.glob(str(path))) if path.suffix == ".tar" else []
         if not found:
@@ -92,9 +93,10 @@ def find_shards(names: Sequence[str]) -> list[Path]:
 
 def open_tars(shards: Sequence[Path], split: str) -> Tars:
     """Index the shards; the only split is `train`."""
-    where = printable(str(shards[0])) if len(shards) == 1 else f"{len(shards)} tar files in {printable(str(shards[0].parent))}"
+    several = f"{len(shards)} tar files in {printable(str(shards[0].parent))}"
+    where = several if len(shards) > 1 else printable(str(shards[0]))
     if split != "train":
-        raise ValueError(f"{where} has no splits, so only 'train' (everything); {split!r} was asked for")
+        raise NoSplit(where, split, ())
     return Tars(shards, where)
 
 

@@ -1,13 +1,13 @@
 """Views of one image: boxes are drawn, cut, resized and coloured; the image is decoded once for all of them.
 
 Order, as in DINO (arXiv 2104.14294) and MoCo v3 (arXiv 2104.02057): crop, flip, jitter, gray, blur, solarize; the
-normalisation happens later on the device, so that uint8 travels. Boxes follow torchvision's RandomResizedCrop: ten tries,
-then the largest central box within the ratio. Everything is a function of (seed, epoch, sample, view): geometry and
-colour have a generator each, so that a view which is `like` another gets the same boxes and flips (BEiT's second, smaller
-picture, arXiv 2106.08254), and the same colours where its settings are the same.
+normalisation happens later on the device, so that uint8 travels. Boxes follow torchvision's RandomResizedCrop: ten
+tries, then the largest central box within the ratio. Everything is a function of (seed, epoch, sample, view):
+geometry and colour have a generator each, so that a view which is `like` another gets the same boxes and flips
+(BEiT's second, smaller picture, arXiv 2106.08254), and the same colours where its settings are the same.
 
-Geometry (`draw_boxes`) knows no pixels and `cut` no random numbers: another modality of the same image is cut by the same
-boxes. Legend: C channels, V crops; images are uint8 [C, H, W], a view uint8 [V, C, h, w].
+Geometry (`draw_boxes`) knows no pixels and `cut` no random numbers: another modality of the same image is cut by the
+same boxes. Legend: C channels, V crops; images are uint8 [C, H, W], a view uint8 [V, C, h, w].
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Views:
         jitter: `fast` or `exact`, see `colour.py`.
 
     Raises:
-        ValueError: if a view is `like` one that does not exist, is itself `like` another, or has another number of crops.
+        ValueError: if a view is `like` one that does not exist, is `like` a third, or has another number of crops.
     """
 
     def __init__(self, settings: Mapping[str, ViewSettings], jitter: Literal["fast", "exact"] = "fast") -> None:
@@ -87,7 +87,7 @@ def draw_boxes(view: ViewSettings, height: int, width: int, rng: Random) -> list
 
 
 def center_box(height: int, width: int, size: tuple[int, int]) -> Box:
-    """The largest central box with the aspect of `size`: resizing it is resizing the short side and cutting the centre."""
+    """The largest central box with the aspect of `size`: as if the short side were resized and the centre cut."""
     scale = min(height / size[0], width / size[1])
     h, w = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
     return Box((height - h) // 2, (width - w) // 2, h, w)
@@ -124,9 +124,10 @@ def _check_like(name: str, view: ViewSettings, views: Mapping[str, ViewSettings]
     if view.like is None:
         return
     if view.like not in views or view.like == name:
-        raise ValueError(f"view {name!r} is like {view.like!r}; other views are: {', '.join(v for v in views if v != name)}")
+        others = ", ".join(other for other in views if other != name)
+        raise ValueError(f"view {name!r} is like {view.like!r}; the other views are: {others}")
     other = views[view.like]
     if other.like is not None:
-        raise ValueError(f"view {name!r} is like {view.like!r}, which is like {other.like!r}: name {other.like!r} directly")
+        raise ValueError(f"view {name!r} is like {view.like!r}, which is like {other.like!r}: name that one")
     if other.crops != view.crops:
         raise ValueError(f"view {name!r} has {view.crops} crops, {view.like!r} has {other.crops}: they must be as many")

@@ -71,9 +71,9 @@ class CollapseWatch:
         Args:
             now: where the run is.
             probes: network ("student", "teacher") -> `Probe.measure`'s numbers, with `teacher_cosine` if known.
-            metrics: the objectives' latest means. Looked at are names that end in `/teacher_entropy` and
-                `/mean_entropy` (both divided by ln K), `/kl` (nats), and `/loss` beside `/chance`, the loss that a
-                constant answer gets.
+            metrics: the objectives' latest means. Looked at are names that end in `/teacher_entropy` (of one target)
+                and `/teacher_spread` (of the mean target), both divided by ln K, `/kl` (nats, teacher to student), and
+                `/loss` beside `/chance`, the loss that a constant answer gets.
         """
         if now.fraction < _WARM_UP:
             return []
@@ -149,7 +149,7 @@ class CollapseWatch:
                 text = f"{label}: the teacher has no opinion: its entropy is {value:.3f} of ln K (> {_UNIFORM})"
                 advice = "lower the teacher temperature or optimizer.lr, or warm up longer."
                 found.append(_Sign(f"{label}/uniform", f"{text}; {advice}", urgent=f"{label}/kl" in metrics))
-            if what == "mean_entropy" and value < _ONE_HOT:
+            if what == "teacher_spread" and value < _ONE_HOT:
                 text = f"{label}: all images get one prototype: entropy of the mean {value:.3f} of ln K (< {_ONE_HOT})"
                 advice = "check the centring, raise the teacher temperature or the batch."
                 found.append(_Sign(f"{label}/one prototype", f"{text}; {advice}", urgent=True))

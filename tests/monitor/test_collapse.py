@@ -29,7 +29,7 @@ def test_healthy_runs_hear_nothing():
     metrics = {
         "dino/loss": 5.0,
         "dino/teacher_entropy": 0.5,
-        "dino/mean_entropy": 0.9,
+        "dino/teacher_spread": 0.9,
         "dino/kl": 1.0,
         "dino/chance": 8.3,
     }
@@ -83,7 +83,7 @@ def test_few_directions_and_a_falling_rank():
     ("metrics", "kind"),
     [
         ({"dino/teacher_entropy": 0.999, "dino/kl": 0.001}, "dino/uniform"),
-        ({"dino/mean_entropy": 0.02}, "dino/one prototype"),
+        ({"dino/teacher_spread": 0.02}, "dino/one prototype"),
     ],
 )
 def test_teacher_collapse_warns_then_stops(metrics, kind):

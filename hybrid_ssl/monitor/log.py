@@ -1,7 +1,7 @@
 """What a run says while it trains: `metrics.jsonl`, `train.log`, a progress bar or plain lines, and trackers.
 
 `metrics.jsonl` has one JSON object a line and one line a step, e.g. {"step": 20, "loss": 3.1, "lr": 0.0001}; `step`
-counts optimizer steps done, from 1. On resume the file is cut back to the steps that the checkpoint knows, so no step
+counts optimizer steps done (0: before training). On resume the file is cut back to the steps that the checkpoint knows, so no step
 appears twice. A non-finite number is written as null, since NaN is no JSON.
 
 On a terminal there is one bar; anywhere else one plain line per log interval, because a bar fills a log file.
@@ -152,10 +152,10 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def cut(path: Path, step: int) -> dict[str, Any]:
-    """Remove what is beyond `step` from a `metrics.jsonl`, all or nothing; returns the last row that stays, or {}."""
+    """Remove what is beyond `step` from a `metrics.jsonl` (0: everything); returns the last row that stays, or {}."""
     if not path.exists():
         return {}
-    rows = [row for row in read_metrics(path) if row["step"] <= step]
+    rows = [row for row in read_metrics(path) if row["step"] <= step and step > 0]
     temporary = path.with_suffix(".tmp")
     with open(temporary, "wb") as file:
         file.writelines(_line(row) for row in rows)

@@ -50,7 +50,7 @@ def test_resume_cuts_back_so_that_no_step_appears_twice(tmp_path):
 
 
 def test_a_fresh_start_leaves_nothing_of_an_older_run(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 3, "loss": 1.0}\n')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "knn": 0.5}\n{"step": 3, "loss": 1.0}\n')
     RunLog(tmp_path, 10, terminal=False).close()
     assert rows(tmp_path) == []
 

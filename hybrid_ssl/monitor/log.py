@@ -1,8 +1,8 @@
 """What a run says while it trains: `metrics.jsonl`, `train.log`, a progress bar or plain lines, and trackers.
 
 `metrics.jsonl` has one JSON object a line and one line a step, e.g. {"step": 20, "loss": 3.1, "lr": 0.0001}; `step`
-counts optimizer steps done (0: before training). On resume the file is cut back to the steps that the checkpoint knows, so no step
-appears twice. A non-finite number is written as null, since NaN is no JSON.
+counts optimizer steps done (0: before training). On resume the file is cut back to the steps that the checkpoint
+knows, so no step appears twice. A non-finite number is written as null, since NaN is no JSON.
 
 On a terminal there is one bar; anywhere else one plain line per log interval, because a bar fills a log file.
 """

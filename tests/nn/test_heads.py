@@ -52,8 +52,9 @@ def test_unit_rows_equals_normalize_with_its_gradient() -> None:
     torch.testing.assert_close(unit_rows(weight), F.normalize(weight, dim=1))
 
 
+@pytest.mark.parametrize("rows", [4, 9], ids=["fewer rows than width", "more"])
 @pytest.mark.parametrize("free_scale", [False, True])
-def test_prototypes_equal_torchs_weight_norm(free_scale: bool) -> None:
+def test_prototypes_equal_torchs_weight_norm(free_scale: bool, rows: int) -> None:
     theirs = nn.utils.parametrizations.weight_norm(nn.Linear(5, 7, bias=False).double(), dim=0)
     ours = Prototypes(5, 7, free_scale).double()
     length = torch.rand(7, 1, dtype=torch.float64) + 0.5 if free_scale else torch.ones(7, 1, dtype=torch.float64)
@@ -62,10 +63,12 @@ def test_prototypes_equal_torchs_weight_norm(free_scale: bool) -> None:
         ours.weight.copy_(theirs.parametrizations.weight.original1)
         if ours.scale is not None:
             ours.scale.copy_(length)
-    x, factor = torch.randn(4, 5, dtype=torch.float64), torch.randn(4, 7, dtype=torch.float64)
-    torch.testing.assert_close(ours(x), theirs(x))
-    (ours(x) * factor).sum().backward()
-    (theirs(x) * factor).sum().backward()
+    x, factor = torch.randn(rows, 5, dtype=torch.float64), torch.randn(rows, 7, dtype=torch.float64)
+    first, second = x.clone().requires_grad_(), x.clone().requires_grad_()
+    torch.testing.assert_close(ours(first), theirs(second))
+    (ours(first) * factor).sum().backward()
+    (theirs(second) * factor).sum().backward()
+    torch.testing.assert_close(first.grad, second.grad)
     torch.testing.assert_close(ours.weight.grad, theirs.parametrizations.weight.original1.grad)
     if ours.scale is not None:
         torch.testing.assert_close(ours.scale.grad, theirs.parametrizations.weight.original0.grad)

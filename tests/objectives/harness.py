@@ -1,8 +1,8 @@
 """What the tests of all objectives share: hand-made tokens, and the claims that every objective has to meet.
 
-No encoder takes part: tokens are random leaves, view-major like the real ones. `check_all` is for a test module:
+No encoder takes part: tokens are random leaves, view-major like the real ones. A test module names its claims:
 
-    CASES = {"whole": {}, "masked": {"mask": "block"}}            # label -> settings of the objective
+    CASES = {"whole": {}, "masked": {"mask": "block"}}  # label -> settings of the objective
 
     @pytest.mark.parametrize("case", CASES)
     def test_every_parameter_gets_a_gradient(case): harness.check_gradients("moco_v3", CASES[case])

@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from .sources import NoSplit, Source, as_labels, printable
+from .sources import Images, NoSplit, as_labels, printable
 
 EXTENSIONS = tuple(".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .npy".split())
 _SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 _SIZED = 1000  # so many file sizes go into the fingerprint: a stat of each of 1e7 files takes minutes on a network disk
 
 
-class Files(Source):
+class Files(Images):
     """A fixed list of image files.
 
     The names are packed into one array: a list of 1e7 strings would be copied into every forked worker, page by

@@ -10,7 +10,7 @@ from torch import Tensor
 from .decode import Decoder
 from .order import permutation
 from .settings import DataSettings
-from .sources import NoSplit, Source, Subset, open_named
+from .sources import Images, NoSplit, Source, Subset, open_named
 from .views import center_box, cut
 
 
@@ -28,8 +28,8 @@ class Labelled(NamedTuple):
 class ProbeSources(NamedTuple):
     """Where the probe's neighbours and queries come from; they share no image."""
 
-    train: Source
-    test: Source
+    train: Images
+    test: Images
 
 
 def read_images(source: Source, count: int, size: tuple[int, int], data: DataSettings) -> Labelled:
@@ -44,9 +44,8 @@ def read_images(source: Source, count: int, size: tuple[int, int], data: DataSet
     """
     decoder = Decoder.of(data)
     images, ids, labels = [], [], []
-    for i in permutation(len(source), 0, 0)[:count].sort().values.tolist():
+    for i, payload, label in source.sample(count):
         try:
-            payload, label = source.read(i)
             image = decoder(payload)
         except ValueError:
             continue  # the loader counts and names it
@@ -79,7 +78,10 @@ def open_probe(data: DataSettings, source: Source | None = None) -> ProbeSources
         named = data.source
         options = {"config": data.config, "revision": data.revision, "image": data.image, "label": data.label}
         options |= {name: column for name, column in columns.items() if column}
-        train = source if source and not any(columns.values()) else open_named(named, split=data.split, **options)
+        if isinstance(source, Images) and not any(columns.values()):
+            train = source
+        else:
+            train = open_named(named, split=data.split, **options)
     if probe.test_source is not None:
         test = open_named(probe.test_source, split=probe.test_split, **columns)
     else:
@@ -93,7 +95,7 @@ def open_probe(data: DataSettings, source: Source | None = None) -> ProbeSources
     return ProbeSources(train, _renumber(test, train))
 
 
-def _renumber(test: Source, train: Source) -> Source:
+def _renumber(test: Images, train: Images) -> Images:
     """Number the classes of `test` as `train` does: each source numbers the names it finds."""
     if test.class_names == train.class_names or test.class_names is None or train.class_names is None:
         return test
@@ -104,7 +106,7 @@ def _renumber(test: Source, train: Source) -> Source:
     return out
 
 
-def _hold_out(source: Source, wanted: int) -> tuple[Source, Source]:
+def _hold_out(source: Images, wanted: int) -> tuple[Images, Images]:
     count = min(wanted, max(1, len(source) // 5))
     order = permutation(len(source), 0, 1)
     rest, held = order[count:].sort().values, order[:count].sort().values

@@ -26,7 +26,8 @@ from .decode import Decoder
 from .masks import hidden_count, make_mask
 from .order import BatchOrder, MicroBatch, key, keyed
 from .settings import BlockMask, DataSettings, MaskSettings, ViewSettings
-from .sources import Source
+from .sources import Images, Source
+from .streams import Item, Stream, StreamOrder
 from .views import Views
 
 _REPLACEMENTS = 20  # so many broken images one after another mean that all are
@@ -55,7 +56,7 @@ class _Built(NamedTuple):
 class Samples:
     """Builds the `Batch` of a `MicroBatch`: a pure function that remembers broken images and small decoded ones."""
 
-    source: Source
+    source: Images | Stream
     decoder: Decoder
     views: Views
     masks: Mapping[str, MaskSettings]
@@ -72,48 +73,58 @@ class Samples:
     def build(self, micro: MicroBatch) -> tuple[Batch, tuple[Broken, ...]]:
         """Decode once per image, cut all views, draw all masks."""
         broken: list[Broken] = []
-        rows = [self._image(micro.epoch, i, broken) for i in micro.indices]
-        drawn = [self.views(row[0], self.seed, micro.epoch, i) for i, row in zip(micro.indices, rows, strict=True)]
+        rows = [self._image(micro, place, broken) for place in range(len(micro.ids))]
+        drawn = [self.views(row[0], self.seed, micro.epoch, i) for i, row in zip(micro.ids, rows, strict=True)]
         views = {
             name: torch.stack([each[name] for each in drawn], 1).flatten(0, 1) for name in drawn[0]
         }  # [V*B, C, h, w]
         masks = {name: self._masks(name, micro) for name in self.masks}
-        hidden = {name: mask.flatten().nonzero().squeeze(1) for name, mask in masks.items()}
         labels = [label for _, _, label in rows if label is not None]
-        return (
-            Batch(
-                views=views,
-                masks=masks,
-                labels=torch.tensor(labels) if len(labels) == len(rows) else None,
-                ids=torch.tensor([number for _, number, _ in rows]),
-                hidden=hidden,
-            ),
-            tuple(broken),
+        batch = Batch(
+            views=views,
+            masks=masks,
+            labels=torch.tensor(labels) if len(labels) == len(rows) else None,
+            ids=torch.tensor([number for _, number, _ in rows]),
+            hidden={name: mask.flatten().nonzero().squeeze(1) for name, mask in masks.items()},
         )
+        return batch, tuple(broken)
 
-    def _image(self, epoch: int, wanted: int, broken: list[Broken]) -> tuple[Tensor, int, int | None]:
-        """The picture, its id and label; of a replacement if `wanted` is broken."""
-        i, reason = wanted, ""
+    def _image(self, micro: MicroBatch, place: int, broken: list[Broken]) -> tuple[Tensor, int, int | None]:
+        """The picture at `place`, its id and label; of a replacement if it is broken."""
+        i = wanted = micro.ids[place]
+        problem = Broken(i, "", "known to be broken")
         for attempt in range(_REPLACEMENTS):
             if i not in self._broken:
                 try:
-                    image, label = self._read(i)
+                    image, label = self._read(micro, i)
                     return image, i, label
-                except ValueError as problem:
-                    reason = str(problem)
+                except ValueError as error:
+                    problem = Broken(i, self._name(micro, i), str(error))
                     self._broken.add(i)
-                    broken.append(Broken(i, self.source.name(i), reason))
-            i = key(self.seed, epoch, wanted, f"replacement {attempt}") % len(self.source)
-        raise ValueError(f"{_REPLACEMENTS} images in a row are broken, the last one {self.source.name(i)}: {reason}")
+                    broken.append(problem)
+            draw = key(self.seed, micro.epoch, wanted, f"replacement {attempt}")
+            i = draw % len(self.source) if micro.items is None else micro.ids[draw % len(micro.ids)]
+        raise ValueError(f"{_REPLACEMENTS} images in a row are broken, the last one {problem.name}: {problem.reason}")
 
-    def _read(self, i: int) -> tuple[Tensor, int | None]:
+    def _read(self, micro: MicroBatch, i: int) -> tuple[Tensor, int | None]:
         if i in self._kept:
             return self._kept[i]
+        if isinstance(self.source, Stream):
+            item = self._item(micro, i)
+            return self.decoder(self.source.load(item.ref)), item.label
         payload, label = self.source.read(i)
         image = self.decoder(payload)
         if image.numel() * len(self.source) <= _KEPT_BYTES:
             self._kept[i] = image, label
         return image, label
+
+    def _name(self, micro: MicroBatch, i: int) -> str:
+        return self._item(micro, i).name if isinstance(self.source, Stream) else self.source.name(i)
+
+    @staticmethod
+    def _item(micro: MicroBatch, i: int) -> Item:
+        assert micro.items is not None
+        return micro.items[micro.ids.index(i)]
 
     def _masks(self, name: str, micro: MicroBatch) -> Tensor:
         """bool [V*B, N], view-major like the views."""
@@ -121,7 +132,7 @@ class Samples:
         active = micro.step >= self.starts[name]
         crops = range(self.views.settings[mask.view].crops)
         drawn = []
-        for i in micro.indices:
+        for i in micro.ids:
             rng = keyed(self.seed, micro.epoch, i, f"mask {name}")
             drawn.append(torch.stack([make_mask(mask, self.grids[mask.view], self.stride, rng, active) for _ in crops]))
         return torch.stack(drawn, 1).flatten(0, 1)
@@ -186,9 +197,9 @@ class Loader:
         on_broken: Callable[[Broken], None] | None = None,
     ) -> None:
         micro_batch = micro_batch or max(1, batch_size // world)
-        self._order = (len(source), batch_size, micro_batch, seed)
-        self._place = {"rank": rank, "world": world}
-        order = BatchOrder(*self._order, rank=rank, world=world)
+        assert isinstance(source, Images | Stream)
+        self._sizes = {"batch_size": batch_size, "micro_batch": micro_batch, "seed": seed, "rank": rank, "world": world}
+        order = self._order(source, 0)
         self.steps_per_epoch, self.accumulation = order.steps_per_epoch, order.accumulation
         for mask in masks.values():
             hidden_count(mask, grids[mask.view], stride)  # refuses what does not fit, before a worker does
@@ -206,7 +217,7 @@ class Loader:
         Raises:
             ValueError: more than `data.max_broken` of the images are broken.
         """
-        order = BatchOrder(*self._order, **self._place, start=step)
+        order = self._order(self.samples.source, step)
         builds: Iterable[_Built] = DataLoader(
             _Building(self.samples),
             sampler=order,
@@ -223,6 +234,11 @@ class Loader:
                     raise ValueError(built.problem)
                 raise RuntimeError(f"a batch could not be built:\n{built.problem}")
             yield built.batch
+
+    def _order(self, source: Images | Stream, start: int) -> BatchOrder:
+        if isinstance(source, Stream):
+            return StreamOrder(source, **self._sizes, start=start)
+        return BatchOrder(len(source), **self._sizes, start=start)
 
     def _note(self, broken: Iterable[Broken]) -> None:
         for image in broken:

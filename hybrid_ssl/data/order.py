@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,7 +42,9 @@ class MicroBatch(NamedTuple):
 
     step: int
     epoch: int
-    indices: tuple[int, ...]
+    ids: tuple[int, ...]
+    items: tuple[Any, ...] | None = None
+    """of a stream: where the images are, since they have no numbers"""
 
 
 class BatchOrder(Sampler[MicroBatch]):

@@ -48,7 +48,8 @@ class DataSettings(Settings):
     label: str | None = None
     """column of the label; null: `label` if there is one. Class folders give labels by themselves"""
     streaming: bool = False
-    """read shards in sequence; resume is then exact to the shard position, not to the bit (docs/data.md)"""
+    """read shards in sequence: nothing is downloaded or indexed first, but a resume walks the epoch's shards again and
+    needs the same number of processes"""
     channels: Literal[1, 2, 3] | Annotated[int, Field(ge=1, le=512)] = 3
     """channels of the images; gray is repeated to 3 where 3 are asked for, other mismatches are refused"""
     value_range: list[float] | None = Field(None, min_length=2, max_length=2)
@@ -57,7 +58,7 @@ class DataSettings(Settings):
     """per channel in 0..1; `auto`: measured from the data"""
     std: Literal["imagenet", "auto"] | list[float] = "imagenet"
     limit: int | None = Field(None, ge=1)
-    """use only that many images"""
+    """use only that many images; with `streaming` the number that counts as one epoch"""
     jitter: Literal["fast", "exact"] = "fast"
     """`fast`: colour jitter as one 3x4 matrix; `exact`: torchvision's sequence with clamping in between"""
     max_megapixels: float = Field(64, gt=0)

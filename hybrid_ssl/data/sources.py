@@ -8,7 +8,7 @@ container costs less than a tenth of a JPEG's decoding.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ class NoSplit(ValueError):
 
 
 class Source:
-    """Images by number. Subclasses set the attributes and define `__len__`, `read` and `name`."""
+    """Where images come from: `Images`, which have numbers, or a `Stream` (streams.py)."""
 
     labels: Tensor | None = None
     """int64 [n], or None"""
@@ -41,7 +41,28 @@ class Source:
     """differs when the list of images differs; a resumed run compares it"""
 
     def __len__(self) -> int:
+        """Images of one epoch."""
         raise NotImplementedError
+
+    def describe(self) -> str:
+        """One sentence, e.g. `12,345 images in ./images (3 folders), 2 files are no images`."""
+        raise NotImplementedError
+
+    def sample(self, count: int) -> Iterator[tuple[int, Any, int | None]]:
+        """Id, encoded image and label of up to `count` images, the same ones in every call."""
+        raise NotImplementedError
+
+
+class Images(Source):
+    """Images by number. Subclasses set the attributes and define `__len__`, `read`, `name` and `describe`."""
+
+    def sample(self, count: int) -> Iterator[tuple[int, Any, int | None]]:
+        """Drawn once for all, ascending; those that cannot be read are left out (the loader counts and names them)."""
+        for i in permutation(len(self), 0, 0)[:count].sort().values.tolist():
+            try:
+                yield i, *self.read(i)
+            except ValueError:
+                continue
 
     def read(self, i: int) -> tuple[Any, int | None]:
         """Encoded bytes, a path or an array, and the label if there is one. `ValueError` if it cannot be read."""
@@ -51,18 +72,14 @@ class Source:
         """What a person would call image `i`; one printable line."""
         raise NotImplementedError
 
-    def describe(self) -> str:
-        """One sentence, e.g. `12,345 images in ./images (3 folders), 2 files are no images`."""
-        raise NotImplementedError
-
     def label(self, i: int) -> int | None:
         return None if self.labels is None else int(self.labels[i])
 
 
-class Subset(Source):
+class Subset(Images):
     """Some rows of another source, in ascending order."""
 
-    def __init__(self, source: Source, rows: Tensor, why: str) -> None:
+    def __init__(self, source: Images, rows: Tensor, why: str) -> None:
         self.source, self.rows, self.why = source, rows, why
         self.labels = None if source.labels is None else source.labels[rows]
         self.class_names = source.class_names
@@ -81,7 +98,7 @@ class Subset(Source):
         return f"{len(self):,} images ({self.why}) of: {self.source.describe()}"
 
 
-def subset(source: Source, count: int, why: str) -> Source:
+def subset(source: Images, count: int, why: str) -> Images:
     """`count` images (drawn: the first ones of sorted folders would be one class), or all if there are fewer."""
     if count >= len(source):
         return source
@@ -94,8 +111,12 @@ def open_source(cfg: DataSettings) -> Source:
     Raises:
         ValueError: with what was given, what is there, and what to do.
     """
-    place = {"config": cfg.config, "revision": cfg.revision, "image": cfg.image, "label": cfg.label}
-    source = open_named(cfg.source, split=cfg.split, **place)
+    options = {"config": cfg.config, "revision": cfg.revision, "image": cfg.image, "label": cfg.label}
+    if cfg.streaming:
+        from .streams import open_stream
+
+        return open_stream(_names(cfg.source), cfg.limit, split=cfg.split, **options)
+    source = open_named(cfg.source, split=cfg.split, **options)
     return source if cfg.limit is None else subset(source, cfg.limit, "data.limit")
 
 
@@ -107,16 +128,13 @@ def open_named(
     revision: str | None = None,
     image: str | None = None,
     label: str | None = None,
-) -> Source:
+) -> Images:
     """Open a source by its name or path; see `DataSettings` for the arguments."""
     from .files import open_folders, open_list
     from .tables import is_table, open_table
     from .tars import find_shards, open_tars
 
-    names = [named] if isinstance(named, str) else list(named)
-    names = [str(embedded_folder(name)) if name.startswith(SCHEME) else name for name in names]
-    if not names:
-        raise ValueError("data.source is an empty list: name a folder, a file or a data set")
+    names = _names(named)
     if all(is_table(name) for name in names):
         return open_table(names, split=split, config=config, revision=revision, image=image, label=label)
     if image is not None or label is not None:
@@ -126,6 +144,13 @@ def open_named(
         return open_list(paths[0])
     shards = find_shards(names)
     return open_tars(shards, split) if shards else open_folders(paths, split)
+
+
+def _names(named: str | Sequence[str]) -> list[str]:
+    names = [named] if isinstance(named, str) else list(named)
+    if not names:
+        raise ValueError("data.source is an empty list: name a folder, a file or a data set")
+    return [str(embedded_folder(name)) if name.startswith(SCHEME) else name for name in names]
 
 
 def printable(path: str | bytes) -> str:

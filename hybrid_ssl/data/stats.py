@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .decode import Decoder
-from .order import permutation
 from .settings import DataSettings
 from .sources import Source
 
@@ -37,9 +36,9 @@ def resolve_mean_std(cfg: DataSettings, source: Source) -> tuple[list[float], li
 def measure(source: Source, decoder: Decoder, images: int = _MEASURED) -> tuple[list[float], list[float]]:
     """Mean and std of a sample that depends on the number of images alone. Broken images are left out."""
     sums: list[Tensor] = []
-    for i in permutation(len(source), 0, 0)[:images].tolist():
+    for _, payload, _ in source.sample(images):
         try:
-            pixels = decoder(source.read(i)[0]).flatten(1).double() / 255  # [C, H*W]
+            pixels = decoder(payload).flatten(1).double() / 255  # [C, H*W]
         except ValueError:
             continue  # the loader counts and names it
         sums.append(torch.stack((pixels.mean(1), pixels.square().mean(1))))

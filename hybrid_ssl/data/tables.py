@@ -12,26 +12,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .sources import NoSplit, Source, as_labels
+from .sources import Images, NoSplit, as_labels
 
 _TABLES = (".parquet", ".arrow")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
-class Table(Source):
+class Table(Images):
     """A map-style Hugging Face data set."""
 
     def __init__(self, dataset: Any, image: str | None, label: str | None, title: str) -> None:
-        from datasets import Image
-
-        self.image = _image_column(dataset.features, image, title)
-        label = _label_column(dataset.features, label, title)
+        dataset, self.image, label = find_columns(dataset, image, label, title)
         if label is not None:
             self._read_labels(dataset, label, title)
-        dataset = dataset.select_columns([self.image])
-        if isinstance(dataset.features[self.image], Image):  # a file may carry decode=True or False: say it
-            dataset = dataset.cast_column(self.image, Image(decode=False))
-        self.dataset, self.title = dataset, title
+        self.dataset, self.title = dataset.select_columns([self.image]), title
         if len(self) == 0:
             raise ValueError(f"{title} has no rows")
         self.fingerprint = self._fingerprint()
@@ -40,7 +34,7 @@ class Table(Source):
         return len(self.dataset)
 
     def read(self, i: int) -> tuple[Any, int | None]:
-        return payload(self.dataset[int(i)][self.image], self.name(i)), self.label(i)
+        return payload(self.dataset[int(i)][self.image]), self.label(i)
 
     def name(self, i: int) -> str:
         return f"row {i} of {self.title}"
@@ -66,12 +60,23 @@ class Table(Source):
         return digest.hexdigest()
 
 
-def payload(value: Any, name: str) -> Any:
+def find_columns(dataset: Any, image: str | None, label: str | None, title: str) -> tuple[Any, str, str | None]:
+    """The data set with undecoded images, and the names of the image and the label column."""
+    from datasets import Image
+
+    features = dataset.features
+    image, label = _image_column(features, image, title), _label_column(features, label, title)
+    if isinstance(features[image], Image):  # a file may carry decode=True or False: say it
+        dataset = dataset.cast_column(image, Image(decode=False))
+    return dataset, image, label
+
+
+def payload(value: Any) -> Any:
     """What a row holds -> bytes, path or array."""
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     if value is None:
-        raise ValueError(f"{name} is empty")
+        raise ValueError("is empty")
     return value
 
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .files import EXTENSIONS
-from .sources import NoSplit, Source, as_labels, printable
+from .sources import Images, NoSplit, as_labels, printable
 
 _LABELS = (".cls", ".json")
 _JSON_KEYS = ("label", "cls", "class", "y")
@@ -36,7 +36,7 @@ class Member(NamedTuple):
     label: int | str | None
 
 
-class Tars(Source):
+class Tars(Images):
     """Images inside tar files, by number."""
 
     def __init__(self, shards: Sequence[Path], sentence: str) -> None:
@@ -58,20 +58,25 @@ class Tars(Source):
 
     def read(self, i: int) -> tuple[bytes, int | None]:
         shard, offset, size = self._places[i].tolist()
-        try:
-            with open(self.shards[shard], "rb") as file:
-                data = os.pread(file.fileno(), size, offset)
-        except OSError as problem:
-            raise ValueError(f"cannot be read: {problem.strerror}") from problem
-        if len(data) < size:
-            raise ValueError(f"ends {size - len(data)} bytes early: the shard is cut off")
-        return data, self.label(i)
+        return pread(self.shards[shard], offset, size), self.label(i)
 
     def name(self, i: int) -> str:
         return f"{printable(self._names[i])} in {printable(self.shards[int(self._places[i, 0])])}"
 
     def describe(self) -> str:
         return f"{len(self):,} images in {self._sentence}{', with labels' if self.labels is not None else ''}"
+
+
+def pread(shard: str, offset: int, size: int) -> bytes:
+    """`size` bytes from `offset` on; ValueError if they are not there."""
+    try:
+        with open(shard, "rb") as file:
+            data = os.pread(file.fileno(), size, offset)
+    except OSError as problem:
+        raise ValueError(f"cannot be read: {problem.strerror}") from problem
+    if len(data) < size:
+        raise ValueError(f"ends {size - len(data)} bytes early: the shard is cut off")
+    return data
 
 
 def find_shards(names: Sequence[str]) -> list[Path]:

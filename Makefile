@@ -29,16 +29,22 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(READY)
+bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks
 
 install: $(READY)
 
-# The stamp is written last, so that an interrupted installation is repeated.
+# A stamp is written last, so that an interrupted installation is repeated.
+PIP = $(BIN)/python -m pip install --disable-pip-version-check -q $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+
 $(READY): pyproject.toml $(CONSTRAINTS)
 	@echo "== installing into $(VENV); the first time takes some minutes"
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -q -e ".[dev]" $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+	$(PIP) -e ".[dev]"
+	@touch $@
+
+$(VENV)/.bench: $(READY)
+	$(PIP) -e ".[bench]"
 	@touch $@
 
 clean:

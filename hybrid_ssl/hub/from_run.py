@@ -1,0 +1,94 @@
+"""An encoder out of a run that is still going, was stopped, or wants another network than the one it handed over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from .. import checkpoint
+from ..config import Recipe, build_recipe
+from ..encoder import build_encoder
+from .export import Export, export_encoder
+from .facts import facts_of
+
+
+def export_run(
+    place: Path,
+    folder: Path,
+    *,
+    network: Literal["auto", "teacher", "student"] | None = None,
+    licence: str | None = None,
+    verify: bool = True,
+) -> Export:
+    """Export from the latest checkpoint of a run's folder, or from one checkpoint.
+
+    Args:
+        place: a run's folder, or a `step-XXXXXXXX` folder in its `checkpoints`.
+        folder: where to; replaced once the new export is complete.
+        network: `auto`: the teacher if there is one; None: as the recipe says.
+        licence: None: as the recipe says.
+
+    Raises:
+        ValueError: no checkpoint there, or it lacks the network that is asked for.
+    """
+    tensors, state = checkpoint.load(_find(place))
+    recipe = build_recipe(state["recipe"])
+    which = _network(network or recipe.export.which, tensors)
+    sizes = {name: view.height_width for name, view in recipe.views.items()}
+    encoder = build_encoder(recipe.encoder, in_chans=recipe.data.channels, sizes=sizes)
+    encoder.model.load_state_dict(_below(tensors, f"model.{which}.model."))
+    mean, std = state["mean_std"]
+    return export_encoder(
+        encoder.model,
+        folder,
+        input_size=(recipe.data.channels, *largest_view(recipe)),
+        mean=mean,
+        std=std,
+        licence=licence or recipe.export.licence,
+        heads=_below(tensors, "model.objectives."),
+        verify=verify,
+        card=facts_of(
+            recipe,
+            network=which,
+            step=state["step"],
+            steps_per_epoch=state["steps_per_epoch"],
+            seconds=state["seconds"],
+            probe=probe_of(state["outcome"], which),
+        ),
+    )
+
+
+def largest_view(recipe: Recipe) -> tuple[int, int]:
+    """Height and width of the largest view: the size that the encoder is recommended for."""
+    return max((view.height_width for view in recipe.views.values()), key=lambda size: size[0] * size[1])
+
+
+def probe_of(numbers: Mapping[str, float], network: str) -> dict[str, float]:
+    """A run's k-NN numbers as the card names them."""
+    names = {network: "this encoder", "before training": "before training", "raw pixels": "raw pixels"}
+    return {text: numbers[name] for name, text in names.items() if name in numbers}
+
+
+def _find(place: Path) -> Path:
+    if (place / "manifest.json").is_file():
+        return place
+    found = checkpoint.latest(place / "checkpoints")
+    if found is None:
+        raise ValueError(f"{place} holds no checkpoint: give a run's folder, or a step-XXXXXXXX folder")
+    return found
+
+
+def _network(wanted: str, tensors: Mapping[str, Any]) -> str:
+    present = [net for net in ("teacher", "student") if any(name.startswith(f"model.{net}.") for name in tensors)]
+    if wanted == "auto" and present:
+        return present[0]
+    if wanted not in present:
+        raise ValueError(f"the checkpoint holds no {wanted} encoder; there is: {', '.join(present) or 'none'}")
+    return wanted
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

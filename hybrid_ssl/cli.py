@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 USER_ERROR = 2
@@ -64,7 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.traceback:
             raise
         if os.environ.get("RANK", "0") == "0":  # every process finds the same error; one message is enough
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(3)  # launchers stop all processes when one ends: let the first say why
         return USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

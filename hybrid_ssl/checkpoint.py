@@ -37,7 +37,7 @@ _FILE = re.compile(r"[A-Za-z0-9_]+\.(safetensors|json)")
 _log = logging.getLogger(__name__)
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(ValueError):
     """A checkpoint that cannot be trusted; the text says what is wrong with which file."""
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
+_LEFTOVER = re.compile(r"\.(tmp|del|old)-(.+)-[0-9a-f]{32}")
 _locked: set[Path] = set()  # POSIX locks do not exclude a second holder in the same process
 
 
@@ -91,12 +93,13 @@ def remove(folder: Path) -> None:
 def sweep(folder: Path) -> list[str]:
     """Clear what a killed process left in `folder`; returns the names. Call it only while holding the run's lock."""
     found = []
-    for path in sorted(folder.glob(".*-*-*")):
-        kind, name = path.name[:5], path.name[5:].rpartition("-")[0]
-        if kind not in (".tmp-", ".del-", ".old-"):
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        match = _LEFTOVER.fullmatch(path.name)
+        if match is None:
             continue
         found.append(path.name)
-        if kind == ".old-" and not (folder / name).exists():
+        kind, name = match.groups()
+        if kind == "old" and not (folder / name).exists():
             os.rename(path, folder / name)
             sync(folder)
         else:
@@ -125,13 +128,16 @@ def lock(folder: Path) -> Iterator[None]:
     A record lock (`lockf`), because worker processes that outlive a killed run must not inherit it.
 
     Raises:
-        ValueError: another live process holds it; who that is.
+        ValueError: another live process holds it, and which; or it cannot be written, and why.
     """
     folder = folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
     if folder in _locked:
         raise ValueError(f"{folder} is in use by this very process: choose another `run.out`")
-    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written ({error.strerror}): choose another `run.out`") from error
     try:
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -285,10 +285,20 @@ def test_two_runs_never_share_a_folder(tmp_path: Path) -> None:
 
 def test_sweep_puts_a_replaced_folder_back(tmp_path: Path) -> None:
     """Killed between the two renames of a replacement: the old one must return."""
-    for name in (".old-export-1a", ".old-step-00000001-2b", ".tmp-x-3c", ".del-step-00000001-4d", "step-00000001"):
+    mark = "0123456789abcdef" * 2
+    names = [".old-export-{}", ".old-step-00000001-{}", ".tmp-x-{}", ".del-step-00000001-{}", "step-00000001"]
+    for name in (*(name.format(mark) for name in names), ".tmp-of-the-user"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "name").write_text(name)
     (tmp_path / ".lock").write_text("")
     assert len(storage.sweep(tmp_path)) == 4
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "export", "step-00000001"]
-    assert (tmp_path / "export" / "name").read_text() == ".old-export-1a"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", ".tmp-of-the-user", "export", "step-00000001"]
+    assert (tmp_path / "export" / "name").read_text() == names[0].format(mark)
+    assert (tmp_path / "step-00000001" / "name").read_text() == "step-00000001"
+
+
+def test_a_folder_that_cannot_be_written_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"cannot be written \(Not a directory\): choose another"):
+        with storage.lock(tmp_path / "file" / "run"):
+            pass

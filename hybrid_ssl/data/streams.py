@@ -13,7 +13,7 @@ that the number of workers changes nothing. What is looser than with indexed sou
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from random import Random
 from typing import Any, NamedTuple
 
@@ -117,7 +117,7 @@ class StreamOrder(BatchOrder):
         super().__init__(len(stream), batch_size, micro_batch, seed, rank=rank, world=world, start=start)
         if stream.shards < self.world:
             raise ValueError(
-                f"{stream.describe()}: {stream.shards} shard(s) cannot feed {self.world} processes, each needs its own: "
+                f"{stream.describe()}: {stream.shards} shard(s) for {self.world} processes, each needs one: "
                 "leave data.streaming out, or split the data into more files"
             )
         self.stream = stream

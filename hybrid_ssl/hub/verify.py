@@ -51,7 +51,7 @@ def verify_export(folder: Path, model: nn.Module) -> VerifyReport:
         images = _input(folder)
         save_file({"images": images} | _outputs(plain_copy(model), images), probe)
         command = [sys.executable, "-m", "hybrid_ssl.hub.verify", str(folder.resolve()), str(probe)]
-        done = subprocess.run(command, capture_output=True, text=True, env=_environment(), timeout=TIMEOUT)
+        done = _run(command)
     if done.returncode:
         raise ValueError(f"the export {folder} does not load in a fresh process:\n{done.stderr[-2000:]}")
     results: dict[str, dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
@@ -88,6 +88,15 @@ def _outputs(model: Any, images: Tensor) -> dict[str, Tensor]:
     with torch.autocast("cpu", enabled=False):
         outputs = {"tokens": model.forward_features(images), "pooled": model(images)}
     return {name: value.contiguous() for name, value in outputs.items()}
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, env=_environment(), timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        raise ValueError(
+            f"loading the export took a fresh process more than {TIMEOUT} s: {' '.join(command)}"
+        ) from None
 
 
 def _environment() -> dict[str, str]:

@@ -70,22 +70,14 @@ class StochasticDepth(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A timm model, optionally with a mask token.
-
-    Args:
-        model: built by `timm.create_model(..., num_classes=0)`.
-        mask_token: whether some pass replaces hidden patches. Otherwise the parameter would have no gradient.
-    """
+    """A timm model, built by `timm.create_model(..., num_classes=0)`, optionally with a mask token."""
 
     family: ClassVar[Literal["vit", "swin", "pooled"]] = "pooled"
 
-    def __init__(self, model: nn.Module, *, mask_token: bool = False) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model  # timm's classes share no typed interface
         self.mask_token: nn.Parameter | None = None
-        if mask_token:
-            self.mask_token = nn.Parameter(torch.empty(1, 1, self._token_dim()))
-            nn.init.trunc_normal_(self.mask_token, std=0.02)  # SimMIM; iBOT starts at zero
         self.gradient_checkpointing = False
         self.noise_rows = self._replace_drop_path()
         """rows of noise that a pass takes: one for each stochastic residual branch"""
@@ -112,6 +104,11 @@ class Encoder(nn.Module):
         features = self.model.forward_features(images)
         pooled = self.model.forward_head(features, pre_logits=True)
         return Tokens(pooled, pooled.unsqueeze(1))
+
+    def add_mask_token(self) -> None:
+        """For runs in which some pass replaces hidden patches; in others the parameter would have no gradient."""
+        self.mask_token = nn.Parameter(torch.empty(1, 1, self._token_dim()))
+        nn.init.trunc_normal_(self.mask_token, std=0.02)  # as SimMIM; iBOT starts at zero
 
     def blocks(self) -> list[nn.Module]:
         """The residual blocks in order; empty for other families."""
@@ -151,7 +148,7 @@ class Encoder(nn.Module):
         return next(m.in_channels for m in self.model.modules() if isinstance(m, nn.Conv2d))
 
     def layer_ids(self) -> tuple[dict[str, int], int]:
-        """Parameter name -> layer for layer-wise lr decay (0 stem, b + 1 block b, last: final norm), and the last id."""
+        """Parameter name -> layer for layer-wise lr decay (0 stem, b + 1 block b, last the norm), and the last id."""
         ids: dict[str, int] = group_parameters(self.model, self.model.group_matcher(coarse=False), reverse=True)
         last = max(ids.values(), default=0)
         named = {f"model.{name}": layer for name, layer in ids.items()}
@@ -170,7 +167,7 @@ class Encoder(nn.Module):
         return row
 
     def _run(self, block: nn.Module, x: Tensor, noise: Tensor | None, rope: Tensor | None = None) -> Tensor:
-        """One block, recomputed in the backward pass if asked for; the noise is an argument so that it is the same then."""
+        """One block, recomputed in the backward pass if asked for; noise is an argument, so that it is the same then."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             out: Tensor = checkpoint(_run_block, block, x, noise, rope, use_reentrant=False)
             return out
@@ -178,8 +175,12 @@ class Encoder(nn.Module):
 
     def _choose_attention(self, length: int) -> None:
         """Sets timm's switch between fused and plain attention for the next pass over `length` tokens."""
-        device = next(self.model.parameters()).device.type
-        fused = prefers_fused(device, length, torch.is_grad_enabled())
+        parameter = next(self.model.parameters())
+        device = parameter.device.type
+        if device == "meta":  # only counting operations
+            return
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameter.dtype
+        fused = prefers_fused(device, dtype, length, torch.is_grad_enabled())
         for module in self.model.modules():
             if hasattr(module, "fused_attn"):
                 module.fused_attn = fused
@@ -305,7 +306,9 @@ class SwinEncoder(Encoder):
         noise: Tensor | None = None,
     ) -> Tokens:
         if visible is not None:
-            raise ValueError("Swin's windows need every patch: hidden patches can be replaced (SimMIM), not dropped (MAE)")
+            raise ValueError(
+                "Swin's windows need every patch: hidden patches can be replaced (SimMIM), not dropped (MAE)"
+            )
         x = self.model.patch_embed(images)  # [R, H/4, W/4, C]
         if mask is not None:
             assert self.mask_token is not None, "built without mask token"
@@ -321,7 +324,6 @@ class SwinEncoder(Encoder):
         x = self.model.norm(x)  # [R, H/32, W/32, D]
         return Tokens(self.model.forward_head(x, pre_logits=True), x.flatten(1, 2))
 
-
     def check_windows(self, height: int, width: int) -> None:
         """ValueError when some stage's grid is larger than its window and no multiple of it."""
         patch = int(self.model.patch_embed.patch_size[0])
@@ -330,22 +332,19 @@ class SwinEncoder(Encoder):
             grid = (height // (patch * 2**depth), width // (patch * 2**depth))
             if any(side > w and side % w for side, w in zip(grid, window, strict=True)):
                 raise ValueError(
-                    f"image size {height} x {width}: stage {depth + 1} has {grid[0]} x {grid[1]} tokens, no multiple of its "
-                    f"{window[0]} x {window[1]} window; set encoder.args.window_size to a divisor (6 for 192 pixels, 7 for "
-                    f"224, 8 for 256) or choose a size that is a multiple of {self.stride * window[0]}"
+                    f"image size {height} x {width}: stage {depth + 1} has {grid[0]} x {grid[1]} tokens, no multiple of "
+                    f"its {window[0]} x {window[1]} window; set encoder.args.window_size to a divisor (6 for 192 pixels, "
+                    f"7 for 224, 8 for 256) or choose a size that is a multiple of {self.stride * window[0]}"
                 )
 
 
-def build_encoder(
-    cfg: EncoderSettings, *, in_chans: int, sizes: Mapping[str, tuple[int, int]], mask_token: bool = False
-) -> Encoder:
+def build_encoder(cfg: EncoderSettings, *, in_chans: int, sizes: Mapping[str, tuple[int, int]]) -> Encoder:
     """Build the student of a recipe.
 
     Args:
         cfg: the recipe's section.
         in_chans: channels of the images.
         sizes: view -> (height, width). The largest is the model's image size.
-        mask_token: whether some pass replaces hidden patches.
 
     Raises:
         ValueError: timm does not know the name, or a size does not fit the patches or windows.
@@ -355,7 +354,7 @@ def build_encoder(
     _refuse_dropout(model)
     if cfg.init is None:
         _initialise(model, cfg.scheme)
-    encoder = wrap(model, mask_token=mask_token)
+    encoder = wrap(model)
     rows, columns = [encoder.grid(*size) for size in (largest, *sizes.values())][0]
     if isinstance(encoder, SwinEncoder):
         encoder.check_windows(*largest)
@@ -366,13 +365,13 @@ def build_encoder(
     return encoder
 
 
-def wrap(model: nn.Module, *, mask_token: bool = False) -> Encoder:
+def wrap(model: nn.Module) -> Encoder:
     """The `Encoder` for a timm model's family."""
     if isinstance(model, VisionTransformer | Eva):
-        return VitEncoder(model, mask_token=mask_token)
+        return VitEncoder(model)
     if isinstance(model, SwinTransformer | SwinTransformerV2):
-        return SwinEncoder(model, mask_token=mask_token)
-    return Encoder(model, mask_token=mask_token)
+        return SwinEncoder(model)
+    return Encoder(model)
 
 
 def _create(cfg: EncoderSettings, in_chans: int, size: tuple[int, int], several: bool) -> nn.Module:
@@ -413,16 +412,20 @@ def _refuse_dropout(model: nn.Module) -> None:
     rates = [m.p for m in model.modules() if isinstance(m, nn.Dropout)]
     drops_patches = not isinstance(getattr(model, "patch_drop", None) or nn.Identity(), nn.Identity)
     if any(rates) or drops_patches:
-        raise ValueError("encoder.args: dropout rates must be 0 in pretraining; use encoder.drop_path and masks instead")
+        raise ValueError(
+            "encoder.args: dropout rates must be 0 in pretraining; use encoder.drop_path and masks instead"
+        )
 
 
 @torch.no_grad()
 def _initialise(model: nn.Module, scheme: str) -> None:
-    """`mae`: methods of arXiv:2111.06377; `moco`: arXiv:2104.02057 (q, k, v and the patch embedding as single matrices)."""
+    """`mae`: arXiv:2111.06377; `moco`: arXiv:2104.02057, which treats q, k and v as matrices of their own."""
     if scheme == "timm":
         return
     if not isinstance(model, VisionTransformer):
-        raise ValueError(f"encoder.scheme: {scheme!r} is for timm VisionTransformers, not {type(model).__name__}: use timm")
+        raise ValueError(
+            f"encoder.scheme: {scheme!r} is for timm VisionTransformers, not {type(model).__name__}: use timm"
+        )
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             fan_out = module.out_features // (3 if scheme == "moco" and name.endswith("qkv") else 1)

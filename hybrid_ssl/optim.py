@@ -1,10 +1,20 @@
+"""Parameter rules, the learning-rate schedule, clipping, and LARS.
+
+Learning rate and weight decay of a step are pure functions of the step, so nothing of a schedule is ever restored.
+"""
+
 from __future__ import annotations
 
-from typing import Literal
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
 
+import torch
 from pydantic import Field
+from torch import Tensor, nn
 
-from .schedule import Duration, Value
+from .objectives.base import ParamRule
+from .schedule import Duration, Progress, Value, to_steps, value_at
 from .settings import Settings
 
 
@@ -31,7 +41,7 @@ class OptimizerSettings(Settings):
     warmup_start: float = Field(0.0, ge=0)
     """absolute learning rate of the first step"""
     warmup_ends: Literal["after", "at"] = "after"
-    """`after`: the step after the warm-up is the first at full rate (MAE); `at`: the last step of the warm-up is (DINO)"""
+    """`after`: the step after the warm-up is the first at full rate (MAE); `at`: the warm-up's last step is (DINO)"""
     min_lr: float = Field(0.0, ge=0)
     """absolute learning rate at the end"""
     milestones: list[Duration] = []
@@ -51,3 +61,169 @@ class OptimizerSettings(Settings):
     trust: float = Field(0.001, gt=0)
     """LARS trust coefficient"""
     clip: ClipSettings | None = None
+
+
+def peak_lr(cfg: OptimizerSettings, batch_size: int) -> tuple[float, str]:
+    """The learning rate after warm-up, and the sentence that says how it was scaled."""
+    if cfg.lr_per is None:
+        return cfg.lr, f"lr {cfg.lr:g} (absolute)"
+    ratio = batch_size / cfg.lr_per
+    if cfg.lr_rule == "sqrt":
+        lr = cfg.lr * math.sqrt(ratio)
+        return lr, f"lr {cfg.lr:g} x sqrt({batch_size}/{cfg.lr_per}) = {lr:g}"
+    return cfg.lr * ratio, f"lr {cfg.lr:g} x {batch_size}/{cfg.lr_per} = {cfg.lr * ratio:g}"
+
+
+def lr_at(cfg: OptimizerSettings, peak: float, now: Progress) -> float:
+    """Learning rate of one optimizer step."""
+    warmup = to_steps(cfg.warmup, now.total_steps, now.steps_per_epoch)
+    if now.step < warmup:
+        last = warmup - 1 if cfg.warmup_ends == "at" else warmup
+        return cfg.warmup_start + (peak - cfg.warmup_start) * (now.step / last if last > 0 else 1.0)
+    if cfg.schedule == "constant":
+        return peak
+    if cfg.schedule == "step":
+        passed = sum(now.step >= to_steps(m, now.total_steps, now.steps_per_epoch) for m in cfg.milestones)
+        return float(peak * cfg.gamma**passed)
+    done = (now.step - warmup) / max(1.0, now.total_steps - warmup)
+    return cfg.min_lr + (peak - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+TOKENS = ("cls_token", "mask_token", "reg_token", "dist_token", "pos_embed", "relative_position_bias_table")
+
+
+def param_groups(
+    cfg: OptimizerSettings,
+    named: Iterable[tuple[str, nn.Parameter]],
+    rules: Sequence[ParamRule] = (),
+    layer: Callable[[str], float] = lambda name: 1.0,
+) -> list[dict[str, Any]]:
+    """Parameters in groups of equal treatment.
+
+    Args:
+        cfg: the recipe's section.
+        named: (name, parameter); frozen ones are left out.
+        rules: exceptions of the objectives.
+        layer: name -> lr factor of layer-wise decay.
+
+    Returns:
+        groups with `params`, `names`, `lr_scale`, `decay` (None: the run's weight decay; a number replaces it),
+        `constant_lr` and `hold` (a duration, or None).
+    """
+    exception = {id(p): rule for rule in rules for p in rule.params}
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for name, parameter in named:
+        if not parameter.requires_grad:
+            continue
+        rule = exception.get(id(parameter), ParamRule(()))
+        decay = rule.weight_decay if rule.weight_decay is not None else 0.0 if _spared(cfg, name, parameter) else None
+        key = (layer(name) * rule.lr_scale, decay, rule.constant_lr, rule.hold)
+        fields = dict(zip(("lr_scale", "decay", "constant_lr", "hold"), key, strict=True))
+        group = groups.setdefault(key, {"params": [], "names": []} | fields)
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+def _spared(cfg: OptimizerSettings, name: str, parameter: nn.Parameter) -> bool:
+    if cfg.no_decay == "none":
+        return False
+    if parameter.ndim <= 1 or name.endswith(".bias"):
+        return True
+    return cfg.no_decay == "norm_bias_tokens" and name.rsplit(".", 1)[-1] in TOKENS
+
+
+def build_optimizer(cfg: OptimizerSettings, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """The optimizer, fused where torch has it; `set_step` gives every step's rates."""
+    if cfg.name == "adamw":
+        return torch.optim.AdamW(
+            groups, lr=0.0, betas=(cfg.betas[0], cfg.betas[1]), eps=cfg.eps, weight_decay=0.0, fused=True
+        )
+    if cfg.name == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=cfg.momentum, weight_decay=0.0, fused=True)
+    return Lars(groups, momentum=cfg.momentum, trust=cfg.trust)
+
+
+def set_step(
+    cfg: OptimizerSettings, optimizer: torch.optim.Optimizer, peak: float, now: Progress
+) -> tuple[float, float]:
+    """Write this step's learning rates and weight decays into the groups; returns the base values."""
+    lr, decay = lr_at(cfg, peak, now), value_at(cfg.weight_decay, now)
+    for group in optimizer.param_groups:
+        group["lr"] = (peak if group["constant_lr"] else lr) * group["lr_scale"]
+        group["weight_decay"] = decay if group["decay"] is None else group["decay"]
+    return lr, decay
+
+
+def drop_held(optimizer: torch.optim.Optimizer, now: Progress) -> None:
+    """Set gradients of held parameters to None, so that neither they nor their moments and step counts move."""
+    for group in optimizer.param_groups:
+        if group["hold"] and now.step < to_steps(group["hold"], now.total_steps, now.steps_per_epoch):
+            for parameter in group["params"]:
+                parameter.grad = None
+
+
+def clip_gradients(cfg: ClipSettings | None, modules: Sequence[Sequence[nn.Parameter]]) -> Tensor:
+    """Clip in place; returns the global gradient norm before clipping, still on the device.
+
+    Args:
+        cfg: how; None only measures.
+        modules: the parameters, one sequence for the encoder and for each objective.
+    """
+    gradients = [[p.grad for p in part if p.grad is not None] for part in modules]
+    flat = [gradient for part in gradients for gradient in part]
+    if cfg is not None and cfg.per == "tensor":
+        norms = torch._foreach_norm(flat)
+        # 1e-6: as torch and the official DINO code
+        torch._foreach_mul_(flat, [(cfg.norm / (norm + 1e-6)).clamp(max=1.0) for norm in norms])
+        return torch.stack(norms).norm()
+    total = torch.nn.utils.get_total_norm(flat)
+    for part, own in zip(modules, gradients, strict=True):
+        if cfg is not None and own:
+            norm = total if cfg.per == "model" else torch.nn.utils.get_total_norm(own)
+            torch.nn.utils.clip_grads_with_norm_(part, cfg.norm, norm)
+    return total
+
+
+class Lars(torch.optim.Optimizer):
+    """Layer-wise adaptive SGD (arXiv:1708.03888), in the form of MoCo v3, Barlow Twins and VICReg.
+
+    d = g + wd * w, scaled by trust * |w| / |d|, then accumulated into the momentum; lr comes last. Parameters without
+    weight decay by rule (1-D ones) are neither decayed nor scaled. SwAV's LARC differs: it exempts nothing.
+    """
+
+    def __init__(self, params: Any, lr: float = 0.0, momentum: float = 0.9, trust: float = 0.001) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": 0.0, "momentum": momentum, "trust": trust, "decay": None})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        skip: Tensor | None = getattr(
+            self, "found_inf", None
+        )  # as in torch's fused optimizers: 1.0 leaves all as it is
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group, skip)
+        return loss
+
+    def _update(self, parameter: Tensor, group: dict[str, Any], skip: Tensor | None) -> None:
+        direction = parameter.grad
+        assert direction is not None
+        if group["decay"] is None:  # adapted; `decay` 0.0 marks the spared ones
+            direction = direction.add(parameter, alpha=group["weight_decay"])
+            norm, size = direction.norm(), parameter.norm()
+            scale = torch.where((norm > 0) & (size > 0), group["trust"] * size / norm, torch.ones_like(norm))
+            direction = direction * scale
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        buffer = state["momentum_buffer"]
+        moved = buffer * group["momentum"] + direction
+        if skip is not None:
+            moved = torch.where(skip.to(torch.bool), buffer, moved)
+            group_lr = group["lr"] * (1.0 - skip)
+            parameter.sub_(moved * group_lr)
+        else:
+            parameter.sub_(moved, alpha=group["lr"])
+        buffer.copy_(moved)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,13 +60,18 @@ class Batch(NamedTuple):
     ids: Tensor | None = None
     """[B] int64, stable sample numbers"""
     hidden: Mapping[str, Tensor] | None = None
-    """name -> [n] flat numbers of the hidden tokens in [V*B*N], listed by the loader: on a device, `nonzero` would wait"""
+    """name -> [n] flat numbers of the hidden tokens in [V*B*N], from the loader: on a device `nonzero` would wait"""
 
     def hidden_rows(self, mask: str) -> Tensor:
         """Flat positions of the hidden tokens of `mask` in [V*B*N]; int64 [n], ascending."""
         if self.hidden is not None and mask in self.hidden:
             return self.hidden[mask]
         return self.masks[mask].flatten().nonzero().squeeze(1)
+
+
+class _Known(dict[str, Any]):
+    def __missing__(self, view: str) -> Any:
+        raise ValueError(f"an objective asks for view {view!r}; the recipe's views are: {', '.join(self) or 'none'}")
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,10 @@ class EncoderSpec:
     crops: Mapping[str, int] = field(default_factory=dict)
     """view -> number of crops V"""
 
+    def __post_init__(self) -> None:
+        for name in ("grids", "crops"):  # an objective that asks for an unknown view gets a sentence, not a KeyError
+            object.__setattr__(self, name, _Known(getattr(self, name)))
+
     def tokens(self, view: str) -> int:
         """N, the number of patches of one crop of `view`."""
         rows, columns = self.grids[view]
@@ -98,10 +107,10 @@ def union(requests: Iterable[Forward]) -> tuple[Forward, ...]:
 
 
 def visible_rows(mask: Tensor, visible: int) -> Tensor:
-    """Positions of the visible tokens, ascending: [R, N] bool -> [R, visible] int64. `visible` is the same in every row."""
+    """Positions of the visible tokens, ascending: [R, N] bool -> [R, visible] int64. `visible` is equal in all rows."""
     return torch.argsort(mask.to(torch.uint8), dim=1, stable=True)[:, :visible]  # no sync: the count is known
 
 
 def hidden_columns(mask: Tensor, hidden: int) -> Tensor:
-    """Positions of the hidden tokens, ascending: [R, N] bool -> [R, hidden] int64. `hidden` is the same in every row."""
+    """Positions of the hidden tokens, ascending: [R, N] bool -> [R, hidden] int64. `hidden` is equal in all rows."""
     return torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)[:, :hidden]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ class Pretrainer(nn.Module):
         visible: mask -> number of visible tokens, for masks whose patches are dropped.
         mean, std: per channel, in 0..1; uint8 views are normalised with them.
         rank, world: this process among all, so that noise belongs to a sample's place in the global batch.
+        batch_size: images of an optimizer step; None: one micro-batch of every process.
     """
 
     mean: Tensor
@@ -47,6 +48,7 @@ class Pretrainer(nn.Module):
         std: Sequence[float],
         rank: int = 0,
         world: int = 1,
+        batch_size: int | None = None,
     ) -> None:
         super().__init__()
         self.student = student
@@ -54,7 +56,7 @@ class Pretrainer(nn.Module):
         self.weights = dict(weights)
         self.spec = spec
         self.visible = dict(visible)
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.batch_size = rank, world, batch_size
         self.plan = union(need for objective in objectives.values() for need in objective.needs)
         _check_plan(self.plan, student, self.visible)
         self.teacher: Encoder | None = None
@@ -75,7 +77,7 @@ class Pretrainer(nn.Module):
         tokens = {need: self._run(need, batch, now, index) for index, need in enumerate(self.plan)}
         total: Tensor | None = None
         logs: dict[str, Tensor] = {}
-        for label, objective in self.objectives.items():
+        for label, objective in self.parts.items():
             terms = objective.loss(tokens, batch, now)
             weighted = terms["loss"] * value_at(self.weights[label], now)
             total = weighted if total is None else total + weighted
@@ -103,6 +105,11 @@ class Pretrainer(nn.Module):
             self.teacher.eval()
         return self
 
+    @property
+    def parts(self) -> dict[str, Objective]:
+        """Label -> objective."""
+        return cast(dict[str, Objective], dict(self.objectives.items()))
+
     def encoder(self, which: str) -> Encoder:
         """The `student`, or the `teacher` if the run has one."""
         return self.teacher if which == "teacher" and self.teacher is not None else self.student
@@ -120,23 +127,25 @@ class Pretrainer(nn.Module):
         return tokens
 
     def _noise(self, images: Tensor, now: Progress, index: int, crops: int) -> Tensor | None:
-        """Uniform noise for stochastic depth, a function of (seed, step, pass, place in the global batch): [rows, V*B]."""
+        """Uniform noise for stochastic depth, a function of (seed, step, pass, place in the batch): [rows, V*B]."""
         rows, local = self.student.noise_rows, len(images) // crops
         if not rows:
             return None
-        generator = torch.Generator().manual_seed(hash((now.seed, now.step, now.micro, index)) & 0x7FFF_FFFF_FFFF_FFFF)
-        noise = torch.rand(rows, crops, self.world * local, generator=generator)
-        mine = noise[:, :, self.rank * local : (self.rank + 1) * local].flatten(1)
+        generator = torch.Generator().manual_seed(hash((now.seed, now.step, index)) & 0x7FFF_FFFF_FFFF_FFFF)
+        noise = torch.rand(rows, crops, self.batch_size or self.world * local, generator=generator)
+        first = (now.micro * self.world + self.rank) * local
+        mine = noise[:, :, first : first + local].flatten(1)  # [rows, V*B]
         return mine.to(images.device, non_blocking=True)
 
     def _ema_pairs(self) -> Iterable[tuple[str, tuple[nn.Module, nn.Module]]]:
-        for label, objective in self.objectives.items():
-            for pair in objective.ema_pairs():  # type: ignore[operator]
+        for label, objective in self.parts.items():
+            for pair in objective.ema_pairs():
                 yield label, pair
 
     def _ema_tensors(self) -> tuple[list[Tensor], list[Tensor]]:
         pairs = [("encoder", (self.teacher.model, self.student.model))] if self.teacher is not None else []
-        teachers, students = [], []
+        teachers: list[Tensor] = []
+        students: list[Tensor] = []
         for label, (teacher, student) in [*pairs, *self._ema_pairs()]:
             sources = dict(student.named_parameters(remove_duplicate=False))
             for name, parameter in teacher.named_parameters(remove_duplicate=False):
@@ -152,11 +161,13 @@ def _check_plan(plan: tuple[Forward, ...], student: Encoder, visible: Mapping[st
     kind = type(student.model).__name__
     for need in plan:
         if need.mask is not None and student.family == "pooled":
-            raise ValueError(f"'{need}': {kind} patches cannot be masked; choose a timm ViT or Swin, or unmasked objectives")
+            raise ValueError(
+                f"'{need}': {kind} patches cannot be masked; choose a timm ViT or Swin, or unmasked objectives"
+            )
         if need.drop and student.family == "swin":
             raise ValueError(
-                f"'{need}': {kind} needs every patch in its windows, so hidden ones cannot be dropped; use a ViT, or an "
-                "objective that replaces them by a mask token: simmim, ibot"
+                f"'{need}': {kind} needs every patch in its windows, so hidden ones cannot be dropped; use a ViT, or "
+                "an objective that replaces them by a mask token: simmim, ibot"
             )
         if need.drop and need.mask not in visible:
             raise ValueError(f"'{need}': dropped masks hide the same number of patches in every crop; use kind: random")

@@ -35,19 +35,16 @@ SWINS = ["swin_tiny_patch4_window7_224", "swin_s3_tiny_224", "swinv2_tiny_window
 SMALL_SWIN = {"embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4)}
 
 
-def small(name, **extra):
-    args = dict(extra)
+def small(name):
     if name.startswith("swin"):
-        return build_encoder(
-            EncoderSettings(name=name, args=SMALL_SWIN | {"window_size": 4} | args), in_chans=3, sizes={"v": (64, 64)}, mask_token=True
-        )
-    width = {"embed_dim": 64, "depth": 2, "num_heads": 4}
-    if name == "vit_small_patch16_rope_mixed_224":
-        width = {"depth": 2}
-    side = 56 if "patch14" in name else 64
-    return build_encoder(
-        EncoderSettings(name=name, args=width | args), in_chans=3, sizes={"v": (side, side), "w": (side // 2, side)}, mask_token=True
-    )
+        args, sizes = SMALL_SWIN | {"window_size": 4}, {"v": (64, 64)}
+    else:
+        args = {"depth": 2} if "mixed" in name else {"embed_dim": 64, "depth": 2, "num_heads": 4}
+        side = 56 if "patch14" in name else 64
+        sizes = {"v": (side, side), "w": (side // 2, side)}
+    encoder = build_encoder(EncoderSettings(name=name, args=args), in_chans=3, sizes=sizes)
+    encoder.add_mask_token()
+    return encoder
 
 
 @pytest.mark.parametrize("name", VITS + ROTARY + SWINS)
@@ -60,7 +57,9 @@ def test_unmasked_pass_equals_timm(name):
     features = encoder.model.forward_features(images)
     pooled = encoder.model.forward_head(features, pre_logits=True)
     torch.testing.assert_close(tokens.cls, pooled, rtol=1e-9, atol=1e-10)
-    patches = features.flatten(1, 2) if isinstance(encoder, SwinEncoder) else features[:, encoder.model.num_prefix_tokens :]
+    patches = (
+        features.flatten(1, 2) if isinstance(encoder, SwinEncoder) else features[:, encoder.model.num_prefix_tokens :]
+    )
     torch.testing.assert_close(tokens.patches, patches, rtol=1e-9, atol=1e-10)
 
 
@@ -134,7 +133,9 @@ def test_swin_refuses_to_drop():
 @pytest.mark.parametrize("channels", [1, 4, 13])
 def test_any_number_of_channels(channels):
     encoder = build_encoder(
-        EncoderSettings(name="vit_tiny_patch16_224", args=SMALL_VIT | {"patch_size": 8}), in_chans=channels, sizes={"v": (32, 48)}
+        EncoderSettings(name="vit_tiny_patch16_224", args=SMALL_VIT | {"patch_size": 8}),
+        in_chans=channels,
+        sizes={"v": (32, 48)},
     )
     assert isinstance(encoder, VitEncoder)
     assert encoder.spec({"v": (32, 48)}, {"v": 1}).grids["v"] == (4, 6)

@@ -52,6 +52,7 @@ class MAE(Objective):
     """Reconstruct dropped patches."""
 
     Config = MAESettings
+    compares_views = False
 
     def __init__(self, cfg: MAESettings, encoder: EncoderSpec) -> None:
         super().__init__(cfg, encoder)

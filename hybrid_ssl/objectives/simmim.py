@@ -36,6 +36,7 @@ class SimMIM(Objective):
     """Reconstruct patches that were replaced by the mask token."""
 
     Config = SimMIMSettings
+    compares_views = False
 
     def __init__(self, cfg: SimMIMSettings, encoder: EncoderSpec) -> None:
         super().__init__(cfg, encoder)

@@ -1,0 +1,187 @@
+"""From a recipe to the objects of a run: data, encoder, objectives, the plan, the optimizer.
+
+Everything that can be wrong with a recipe is found here, before an output folder exists.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from .config import Recipe
+from .data.masks import hidden_count
+from .encoder import Encoder, build_encoder
+from .objectives import objective_class
+from .objectives.base import Objective
+from .optim import param_groups
+from .plan import EncoderSpec, Forward, union
+from .pretrainer import Pretrainer
+from .schedule import to_steps
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the global batch is spread.
+
+    Attributes:
+        world: processes.
+        micro_batch: images in one forward pass of one process.
+        accumulation: forward passes in one optimizer step.
+    """
+
+    world: int
+    micro_batch: int
+    accumulation: int
+
+
+def lay_out(recipe: Recipe, world: int) -> Layout:
+    """Split `run.batch_size`; ValueError when it does not divide."""
+    batch, micro = recipe.run.batch_size, recipe.run.micro_batch
+    if micro is None:
+        if batch % world:
+            raise ValueError(
+                f"run.batch_size {batch} does not divide by {world} processes; nearest: {_near(batch, world)}"
+            )
+        return Layout(world, batch // world, 1)
+    micro = min(micro, max(1, batch // world))
+    if batch % (micro * world):
+        raise ValueError(
+            f"run.batch_size {batch} does not divide by run.micro_batch {micro} x {world} processes; nearest batch "
+            f"sizes: {_near(batch, micro * world)}"
+        )
+    return Layout(world, micro, batch // (micro * world))
+
+
+def _near(batch: int, unit: int) -> str:
+    below = batch // unit * unit
+    return ", ".join(str(n) for n in (below, below + unit) if n)
+
+
+def total_steps(recipe: Recipe, steps_per_epoch: int) -> int:
+    """Optimizer steps of the run."""
+    if recipe.run.length.strip().endswith("%"):
+        raise ValueError(f"run.length {recipe.run.length!r}: a share of what? Write '300 epochs' or '10000 steps'")
+    steps = round(to_steps(recipe.run.length, 0, steps_per_epoch))
+    if steps < 1:
+        raise ValueError(f"run.length {recipe.run.length!r} is less than one step of {steps_per_epoch} an epoch")
+    return steps
+
+
+def build_pretrainer(
+    recipe: Recipe, mean: list[float], std: list[float], *, layout: Layout, rank: int = 0
+) -> Pretrainer:
+    """Encoder and objectives of a recipe under one root; initial weights depend on `run.seed` alone."""
+    torch.manual_seed(recipe.run.seed)
+    sizes = {name: view.height_width for name, view in recipe.views.items()}
+    encoder = build_encoder(recipe.encoder, in_chans=recipe.data.channels, sizes=sizes)
+    spec = encoder.spec(sizes, {name: view.crops for name, view in recipe.views.items()})
+    objectives = build_objectives(recipe, spec)
+    plan = union(need for objective in objectives.values() for need in objective.needs)
+    check_masks(recipe, plan)
+    if any(need.mask and not need.drop for need in plan):
+        encoder.add_mask_token()
+    encoder.gradient_checkpointing = recipe.run.gradient_checkpointing
+    return Pretrainer(
+        encoder,
+        objectives,
+        {label: settings.weight for label, settings in recipe.objectives.items()},
+        spec=spec,
+        visible=_visible(recipe, spec),
+        mean=mean,
+        std=std,
+        rank=rank,
+        world=layout.world,
+        batch_size=recipe.run.batch_size,
+    )
+
+
+def build_objectives(recipe: Recipe, spec: EncoderSpec) -> dict[str, Objective]:
+    """Label -> objective."""
+    built = {}
+    for label, settings in recipe.objectives.items():
+        try:
+            built[label] = objective_class(settings.name)(settings, spec)
+        except ValueError as error:
+            raise ValueError(f"objectives.{label}: {error}") from error
+    return built
+
+
+def check_masks(recipe: Recipe, plan: tuple[Forward, ...]) -> None:
+    """ValueError for a pass with a view or mask that the recipe lacks, or with a mask of another view."""
+    for need in plan:
+        if need.view not in recipe.views:
+            raise ValueError(f"'{need}': there is no view {need.view!r}; views are: {', '.join(recipe.views)}")
+        if need.mask is None:
+            continue
+        if need.mask not in recipe.masks:
+            known = ", ".join(recipe.masks) or "none"
+            raise ValueError(f"'{need}': there is no mask {need.mask!r}; masks of the recipe: {known}")
+        other = recipe.masks[need.mask].view
+        if other != need.view:
+            raise ValueError(
+                f"mask {need.mask!r} is for view {other!r}, but an objective uses it on {need.view!r}: set "
+                f"masks.{need.mask}.view={need.view} or choose another mask"
+            )
+
+
+def _visible(recipe: Recipe, spec: EncoderSpec) -> dict[str, int]:
+    counts = {}
+    for name, mask in recipe.masks.items():
+        hidden = hidden_count(mask, spec.grids[mask.view], spec.stride)
+        if hidden is not None:
+            counts[name] = spec.tokens(mask.view) - hidden
+    return counts
+
+
+def used_views(recipe: Recipe, pretrainer: Pretrainer) -> tuple[list[str], list[str]]:
+    """Names of views and masks that some pass reads; the loader makes no others."""
+    views = {need.view for need in pretrainer.plan}
+    masks = {need.mask for need in pretrainer.plan if need.mask}
+    return [v for v in recipe.views if v in views], [m for m in recipe.masks if m in masks]
+
+
+def build_groups(recipe: Recipe, pretrainer: Pretrainer) -> list[dict[str, Any]]:
+    """Parameter groups after the recipe's and the objectives' rules."""
+    rules = [rule for objective in pretrainer.parts.values() for rule in objective.param_rules()]
+    layer_ids, last = ({}, 0) if recipe.optimizer.layer_decay is None else pretrainer.student.layer_ids()
+
+    def layer(name: str) -> float:
+        decay = recipe.optimizer.layer_decay
+        if decay is None or not name.startswith("student."):
+            return 1.0
+        return float(decay ** (last - layer_ids[name.removeprefix("student.")]))
+
+    return param_groups(recipe.optimizer, pretrainer.named_parameters(), rules, layer)
+
+
+def describe_plan(pretrainer: Pretrainer) -> list[str]:
+    """The plan as lines: each pass with tokens and cost, and what sharing saves."""
+    requested = [need for objective in pretrainer.parts.values() for need in objective.needs]
+    costs = {need: _cost(pretrainer, need) for need in pretrainer.plan}
+    lines = [f"plan: {len(pretrainer.plan)} encoder passes for {len(requested)} requested"]
+    for need, cost in costs.items():
+        hidden = pretrainer.visible.get(need.mask) if need.drop and need.mask else None
+        tokens = hidden if hidden is not None else pretrainer.spec.tokens(need.view)
+        crops = pretrainer.spec.crops[need.view]
+        lines.append(f"  {need!s:<40} {crops} x {tokens} tokens  {cost / 1e9:8.2f} GFLOP an image")
+    total, asked = sum(costs.values()), sum(costs[need] for need in requested)
+    saved = f", sharing saves {1 - total / asked:.0%}" if asked > total else ""
+    lines.append(f"  encoder {total / 1e9:.2f} GFLOP an image, forward and backward{saved}")
+    return lines
+
+
+def _cost(pretrainer: Pretrainer, need: Forward) -> float:
+    """FLOPs of one image in one pass, backward included (twice the forward), counted on meta tensors."""
+    encoder: Encoder = copy.deepcopy(pretrainer.encoder(need.net)).to("meta")
+    crops, spec = pretrainer.spec.crops[need.view], pretrainer.spec
+    rows, columns = spec.grids[need.view]
+    images = torch.empty(crops, spec.in_chans, rows * spec.stride, columns * spec.stride, device="meta")
+    mask = torch.empty(crops, rows * columns, dtype=torch.bool, device="meta") if need.mask else None
+    visible = pretrainer.visible[need.mask] if need.drop and need.mask else None
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        encoder(images, mask, visible=visible)
+    return float(counter.get_total_flops()) * (3 if need.net == "student" else 1)

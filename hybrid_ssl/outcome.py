@@ -1,0 +1,171 @@
+"""What a run shows for itself: the probe while it trains, and the encoder at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from .config import Recipe
+from .data.labelled import open_probe, read_images
+from .data.settings import ProbeSettings
+from .data.sources import Source
+from .engine import gathered, hardware
+from .hub.export import export_encoder
+from .hub.facts import facts_of
+from .monitor.probe import Probe
+from .pretrainer import Pretrainer
+
+Say = Callable[[str], None]
+
+
+class Spent(NamedTuple):
+    """What an encoder has cost so far."""
+
+    steps: int
+    steps_per_epoch: int
+    seconds: float
+
+
+class Outcome:
+    """Probe and export of one run.
+
+    Raises:
+        ValueError: a probe was asked for, but there are no labels.
+    """
+
+    def __init__(
+        self, recipe: Recipe, source: Source, accelerator: Accelerator, mean: Sequence[float], std: Sequence[float]
+    ) -> None:
+        self.recipe, self.source, self.accelerator, self.mean, self.std = recipe, source, accelerator, mean, std
+        self.numbers: dict[str, float] = {}
+        """k-NN accuracy of `raw pixels`, `before training` and the newest of `teacher` and `student`"""
+        self._probe = self._build_probe()
+
+    def state(self) -> dict[str, float]:
+        return dict(self.numbers)
+
+    def restore(self, state: dict[str, float]) -> None:
+        self.numbers = dict(state)
+
+    def probe(self, pretrainer: Pretrainer, *, say: Say, step: int) -> dict[str, dict[str, float]]:
+        """Network -> its numbers; says them in one line."""
+        networks = ["student"] if pretrainer.teacher is None else ["teacher", "student"]
+        results = {network: self._measure(pretrainer, network) for network in networks}
+        if self._probe.labelled:
+            self.numbers["raw pixels"] = self._probe.raw_pixels()
+            if step == 0:
+                self.numbers["before training"] = results["student"]["knn"]
+            self.numbers |= {network: numbers["knn"] for network, numbers in results.items()}
+        parts = [f"{net} " + self._describe(numbers) for net, numbers in results.items()]
+        if self._probe.labelled:
+            parts.append(f"raw pixels {self.numbers['raw pixels']:.3f}")
+        say(f"probe at step {step}: " + "; ".join(parts))
+        return results
+
+    def export(
+        self,
+        pretrainer: Pretrainer,
+        out: Path,
+        spent: Spent,
+        *,
+        say: Say,
+        last: bool = False,
+    ) -> None:
+        """Write and check `out/encoder`; at the end also say how to load it."""
+        if self.accelerator.is_main_process:
+            self._export(pretrainer, out / "encoder", spent, say)
+            if last:
+                self._goodbye(pretrainer, out / "encoder", say)
+        self.accelerator.wait_for_everyone()
+
+    def _measure(self, pretrainer: Pretrainer, network: str) -> dict[str, float]:
+        encoder = pretrainer.encoder(network)
+        encoder.eval()
+
+        def encode(images: Tensor) -> Tensor:
+            return encoder(images).cls
+
+        batch = 256 if self.accelerator.device.type == "cuda" else 128
+        precision = self.recipe.run.precision if self.accelerator.device.type == "cuda" else "fp32"
+        numbers = self._probe.measure(encode, self.accelerator.device, batch, precision)
+        pretrainer.train()
+        return numbers
+
+    def _describe(self, numbers: dict[str, float]) -> str:
+        knn = f"k-NN top-1 {numbers['knn']:.3f}, " if "knn" in numbers else ""
+        return f"{knn}feature std {numbers['std']:.3f}, rank {numbers['rank_centred']:.1f}"
+
+    def _network(self, pretrainer: Pretrainer) -> str:
+        wanted = self.recipe.export.which
+        if wanted == "auto":
+            return "student" if pretrainer.teacher is None else "teacher"
+        if wanted == "teacher" and pretrainer.teacher is None:
+            raise ValueError("export.which: teacher, but no objective of this recipe has one; use student or auto")
+        return wanted
+
+    def _export(self, pretrainer: Pretrainer, folder: Path, spent: Spent, say: Say) -> None:
+        network = self._network(pretrainer)
+        encoder = pretrainer.encoder(network)
+        probe: dict[str, float] = {n: self.numbers[n] for n in ("raw pixels", "before training") if n in self.numbers}
+        if network in self.numbers:
+            probe["this encoder"] = self.numbers[network]
+        height, width = max((v.height_width for v in self.recipe.views.values()), key=lambda s: s[0] * s[1])
+        export = export_encoder(
+            encoder.model,
+            folder,
+            input_size=(self.recipe.data.channels, height, width),
+            mean=self.mean,
+            std=self.std,
+            licence=self.recipe.export.licence,
+            heads=pretrainer.objectives.state_dict(),
+            verify=self.recipe.export.verify,
+            card=facts_of(
+                self.recipe,
+                network=network,
+                step=spent.steps,
+                steps_per_epoch=spent.steps_per_epoch,
+                images=len(self.source),
+                seconds=spent.seconds,
+                hardware=hardware(self.accelerator),
+                probe=probe,
+            ),
+        )
+        say(f"encoder ({network}) written to {export.folder}" + (f"; {export.report}" if export.report else ""))
+
+    def _goodbye(self, pretrainer: Pretrainer, folder: Path, say: Say) -> None:
+        if "raw pixels" in self.numbers:
+            say("k-NN top-1: " + ", ".join(f"{name} {value:.3f}" for name, value in self.numbers.items()))
+        say("load it:")
+        say("  import timm")
+        say(f"  encoder = timm.create_model('local-dir:{folder}', pretrained=True).eval()")
+        say("  features = encoder(images)  # normalise with encoder.pretrained_cfg['mean'] and ['std']")
+
+    def _build_probe(self) -> Probe:
+        """The labelled probe of the recipe or of the data's own labels, else an unlabelled one."""
+        recipe, settings = self.recipe, self.recipe.data.probe
+        view = next(iter(recipe.views.values()))
+        size = view.height_width
+        if settings is not None and settings.size is not None:
+            size = (
+                (settings.size, settings.size)
+                if isinstance(settings.size, int)
+                else (settings.size[0], settings.size[1])
+            )
+        place = {"rank": self.accelerator.process_index, "world": self.accelerator.num_processes}
+        common: dict[str, Any] = {
+            "mean": self.mean, "std": self.std, "k": recipe.monitor.k, "temperature": recipe.monitor.temperature,
+            "gather": gathered(self.accelerator), **place,
+        }  # fmt: skip
+        if settings is None and self.source.labels is None:
+            images = read_images(self.source, recipe.monitor.feature_images, size, recipe.data).images
+            return Probe(images, **common)
+        if settings is None:  # the data's own labels, on few images: nobody asked for the time it takes
+            settings = ProbeSettings(train_images=2_000, test_images=500)
+        sources = open_probe(recipe.data.model_copy(update={"probe": settings}), self.source)
+        train = read_images(sources.train, settings.train_images, size, recipe.data)
+        test = read_images(sources.test, settings.test_images, size, recipe.data)
+        return Probe(train.images, train.labels, test.images, test.labels, **common)

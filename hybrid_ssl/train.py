@@ -1,0 +1,410 @@
+"""The run: from a resolved recipe to an encoder in a folder.
+
+Read `Run.step` first: the order of schedule, forward, backward, clip, held layers, optimizer and teacher is written
+once, there. A run's state is the step, the tensors, and the little that monitors remember; order and randomness of the data
+are functions of the step.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import signal
+import time
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import timm
+import torch
+from torch import Tensor
+
+from . import __version__, checkpoint, storage
+from .assemble import (
+    build_groups,
+    build_pretrainer,
+    describe_plan,
+    lay_out,
+    total_steps,
+    used_views,
+)
+from .config import Recipe, dump_recipe
+from .contract import check_resume
+from .data.loader import Broken, Loader
+from .data.sources import open_source
+from .data.stats import resolve_mean_std
+from .engine import StopSignal, hardware, launch, moved, read_state, total, write_state
+from .monitor.collapse import CollapseWatch, FiniteGuard
+from .monitor.log import RunLog
+from .monitor.meter import Means, Meter
+from .monitor.trackers import check_trackers
+from .optim import build_optimizer, clip_gradients, drop_held, peak_lr, set_step
+from .outcome import Outcome, Spent
+from .schedule import Progress, to_steps, value_at
+
+DONE, NON_FINITE, COLLAPSED, STORAGE = 0, 3, 4, 5
+
+
+def pretrain(recipe: Recipe, *, resume: bool = False, dry_run: bool = False, show: bool = False) -> int:
+    """Run a recipe.
+
+    Args:
+        recipe: what `config.read_recipe` returned.
+        resume: continue the run in `run.out` at its very step.
+        dry_run: build everything and train one step; nothing is written.
+        show: print the resolved recipe and the plan, and stop.
+
+    Returns:
+        exit code: 0 done, 3 non-finite, 4 collapsed, 5 storage, 130 or 143 stopped by a signal after saving.
+
+    Raises:
+        ValueError: what the user has to change; nothing was written.
+    """
+    check_trackers(recipe.run.trackers)
+    run = Run(recipe)
+    if show:
+        run.say(dump_recipe(recipe))
+    for line in run.introduction():
+        run.say(line)
+    if show:
+        return DONE
+    if dry_run:
+        return run.rehearse()
+    out = Path(recipe.run.out)
+    found = check_folder(out, resume)
+    with storage.lock(out) if run.main else nullcontext():
+        return run.fit(out, found)
+
+
+def check_folder(out: Path, resume: bool) -> Path | None:
+    """The checkpoint to continue from, or None for a new run; ValueError when the folder does not fit."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"run.out {str(out)!r} is a file: choose a folder")
+    used = out.is_dir() and any(path.name != ".lock" for path in out.iterdir())
+    found = checkpoint.latest(out / "checkpoints")
+    if resume and found is None:
+        raise ValueError(f"--resume: {out} holds no checkpoint; start without it, or set run.out to the run's folder")
+    if used and not resume:
+        what = f"a run at {found.name}" if found else "other files"
+        raise ValueError(
+            f"run.out {str(out)!r} is in use, it holds {what}: add --resume to continue, or choose another"
+        )
+    return found
+
+
+class Run:
+    """Everything of one run. Building it writes nothing."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.accelerator = launch(recipe.run)
+        self.main, self.device = self.accelerator.is_main_process, self.accelerator.device
+        self.layout = lay_out(recipe, self.accelerator.num_processes)
+        self.source = open_source(recipe.data)
+        self.mean, self.std = resolve_mean_std(recipe.data, self.source)
+        rank = self.accelerator.process_index
+        self.pretrainer = build_pretrainer(recipe, self.mean, self.std, layout=self.layout, rank=rank)
+        self.steps_per_epoch = max(1, len(self.source) // recipe.run.batch_size)
+        self.total = total_steps(recipe, self.steps_per_epoch)
+        self.loader = self._loader(rank)
+        self.outcome = Outcome(recipe, self.source, self.accelerator, self.mean, self.std)
+        self.peak, self.lr_sentence = peak_lr(recipe.optimizer, recipe.run.batch_size)
+        optimizer = build_optimizer(recipe.optimizer, build_groups(recipe, self.pretrainer))
+        if recipe.run.compile:
+            for block in self.pretrainer.student.blocks():
+                block.compile()
+        self.model, self.optimizer = self.accelerator.prepare(self.pretrainer, optimizer)
+        self.model.train()
+        self.modules = [
+            [p for p in part.parameters() if p.requires_grad]
+            for part in (self.pretrainer.student, *self.pretrainer.objectives.values())
+        ]
+        monitor = recipe.monitor
+        self.guard = FiniteGuard(monitor.max_skipped, fp16=recipe.run.precision == "fp16")
+        compares_views = any(objective.compares_views for objective in self.pretrainer.parts.values())
+        self.watch = CollapseWatch(monitor, self.pretrainer.spec.dim, compares_views)
+        self.meter = Meter(recipe.run.batch_size, self.total)
+        self.means, self.finite = Means(), list[Tensor]()
+        self.latest: dict[str, float] = {}  # means of the last log interval
+        self.log: RunLog | None = None
+        self.seconds = 0.0  # of training, over all sittings
+
+    def say(self, text: str) -> None:
+        if self.log is not None:
+            self.log.line(text)
+        elif self.main:
+            print(text, flush=True)
+
+    def introduction(self) -> list[str]:
+        """What is about to happen, as lines."""
+        run, layout = self.recipe.run, self.layout
+        size = sum(p.numel() for p in self.pretrainer.student.parameters())
+        views, _ = used_views(self.recipe, self.pretrainer)
+        idle = [view for view in self.recipe.views if view not in views]
+        machine = f"{hardware(self.accelerator)}, {run.precision}"
+        parts = f"{layout.world} processes x {layout.accumulation} accumulated x {layout.micro_batch}"
+        lines = [
+            f"data: {self.source.describe()}",
+            f"encoder: {self.recipe.encoder.name}, {size / 1e6:.1f} M parameters, on {machine}",
+            *(describe_plan(self.pretrainer) if self.main else []),
+            f"batch: {run.batch_size} = {parts}",
+            f"{self.lr_sentence}; {self.total} steps, {self.steps_per_epoch} an epoch",
+        ]
+        if layout.accumulation > 1:
+            lines.append(
+                "accumulation: objectives that compare images see a micro-batch at a time, not the whole batch"
+            )
+        return lines + [f"view {view!r} is used by no objective and is not made" for view in idle]
+
+    def rehearse(self) -> int:
+        """One step, nothing kept."""
+        now = Progress(0, self.total, self.steps_per_epoch, self.recipe.run.seed)
+        self.step(now, moved(self.loader.iterate(0), self.device))
+        values = self.means.read(total(self.accelerator))
+        self.say("dry run: one step done, " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        self.accelerator.end_training()
+        return DONE
+
+    def fit(self, out: Path, found: Path | None) -> int:
+        """Train to the end, from the checkpoint `found` if there is one."""
+        self.out = out
+        start = self.restore(found) if found else 0
+        if self.main:
+            storage.sweep(out)
+            (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+            storage.sweep(out / "checkpoints")
+            (out / "recipe.yaml").write_text(dump_recipe(self.recipe))
+            (out / "environment.json").write_text(json.dumps(environment(self.accelerator), indent=1))
+        run = self.recipe.run
+        config = self.recipe.model_dump(mode="json")
+        self.meter = Meter(run.batch_size, self.total, start)
+        with RunLog(out, self.total, start, main=self.main, trackers=run.trackers, config=config) as self.log:
+            code = self._loop(start)
+        self.log = None
+        self.accelerator.end_training()
+        return code
+
+    def _loop(self, start: int) -> int:
+        stop = StopSignal(self.accelerator)
+        code, step = DONE, start
+        began = time.perf_counter()
+        earlier = self.seconds
+        if start:
+            self.say(f"continuing at step {start} of {self.total}")
+        else:
+            self._probe(0)
+        batches = moved(self.loader.iterate(start), self.device)
+        try:
+            for step in range(start, self.total):
+                self.step(Progress(step, self.total, self.steps_per_epoch, self.recipe.run.seed), batches)
+                self.seconds = earlier + time.perf_counter() - began
+                code = self._after(step + 1) or stop_code(stop.agreed(step + 1))
+                if code:
+                    break
+        except ValueError:  # e.g. too many broken images: what was learned is kept
+            self.save(step)
+            raise
+        finally:
+            stop.restore()
+        return self._finish(step + 1, code)
+
+    def step(self, now: Progress, batches: Any) -> None:
+        """One optimizer step."""
+        recipe, accumulation = self.recipe, self.layout.accumulation
+        lr, decay = set_step(recipe.optimizer, self.optimizer, self.peak, now)
+        for micro in range(accumulation):
+            with self.meter.waiting():
+                batch = next(batches)
+            last = micro == accumulation - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                loss, logs = self.model(batch, replace(now, micro=micro))
+                self.accelerator.backward(loss / accumulation)
+            self.means.add(logs)
+        if self.accelerator.scaler is not None:
+            self.accelerator.unscale_gradients(self.optimizer)
+        norm = clip_gradients(recipe.optimizer.clip, self.modules)  # the same on all processes
+        drop_held(self.optimizer, now)
+        finite = norm.isfinite()
+        if self.accelerator.scaler is None:
+            # where found_inf is 1 fused optimizers leave everything as it was: no step on NaN, no waiting to find out
+            self.optimizer.optimizer.found_inf = (~finite).float()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        # after a skipped step the student is as before, and the teacher moves on towards it
+        later = replace(now, step=now.step + recipe.teacher.offset)
+        self.pretrainer.move_teachers(value_at(recipe.teacher.momentum, later))
+        self.means.add({"grad_norm": norm})
+        self.finite.append(finite)
+        self.rates = {"lr": lr, "weight_decay": decay}
+        self.meter.step()
+
+    def _after(self, done: int) -> int:
+        """Logs, probes, checkpoints and exports that are due after `done` steps; an exit code if the run must stop."""
+        assert self.log is not None
+        self.log.advance(done)
+        if done % self.recipe.monitor.log_every == 0 or done == self.total:
+            code = self._report(done)
+            if code:
+                return code
+        if done == self.total:
+            return DONE
+        run, monitor = self.recipe.run, self.recipe.monitor
+        if monitor.probe_every and self._due(monitor.probe_every, done):
+            with self.meter.paused():
+                if self._probe(done):
+                    self.save(done)
+                    return COLLAPSED
+        if self._due(run.checkpoint_every, done):
+            with self.meter.paused():
+                if not self.save(done):
+                    return NON_FINITE
+        if self.recipe.export.every and self._due(self.recipe.export.every, done):
+            with self.meter.paused():
+                self._export(done)
+        return DONE
+
+    def _report(self, done: int) -> int:
+        """The only place where the loop waits for the device."""
+        assert self.log is not None
+        values = self.means.read(total(self.accelerator))
+        first = done - len(self.finite)
+        flags = torch.stack(self.finite).tolist()
+        self.finite.clear()
+        self.log.train(done, values | self.rates, self.meter.read())
+        self.latest = values
+        for offset, flag in enumerate(flags):
+            problem = self.guard.saw(first + offset, flag)
+            if problem:
+                self.say(f"stopped: {problem}")
+                return NON_FINITE
+        if not all(flags):
+            self.say(f"skipped {flags.count(False)} steps with a non-finite loss or gradient before step {done}")
+        return DONE
+
+    def _due(self, every: str, done: int) -> bool:
+        interval = max(1, round(to_steps(every, self.total, self.steps_per_epoch)))
+        return done % interval == 0
+
+    def _probe(self, done: int) -> bool:
+        """Measure the encoders; True if the run has collapsed and must stop."""
+        assert self.log is not None
+        results = self.outcome.probe(self.pretrainer, say=self.say, step=done)
+        if not results:
+            return False
+        self.log.record(done, {f"{net}/{name}": x for net, numbers in results.items() for name, x in numbers.items()})
+        now = Progress(done, self.total, self.steps_per_epoch)
+        verdicts = self.watch.look(now, results, self.latest)
+        for verdict in verdicts:
+            self.say(f"warning: {verdict.sentence}" if not verdict.stop else f"stopped: {verdict.sentence}")
+        return any(verdict.stop for verdict in verdicts)
+
+    def save(self, done: int) -> bool:
+        """Write a checkpoint; False when the state is not finite (the previous checkpoint stays)."""
+        model, optimizer = read_state(self.pretrainer, self.optimizer.optimizer)
+        tensors = {f"model.{name}": tensor for name, tensor in model.items()}
+        flat, tree = checkpoint.flatten(optimizer, "optimizer")
+        scaler = self.accelerator.scaler
+        state = {
+            "step": done,
+            "total_steps": self.total,
+            "steps_per_epoch": self.steps_per_epoch,
+            "fingerprint": self.source.fingerprint,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "mean_std": [list(self.mean), list(self.std)],
+            "optimizer": tree,
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "guard": self.guard.state(),
+            "watch": self.watch.state(),
+            "outcome": self.outcome.state(),
+            "seconds": self.seconds,
+            "world": self.layout.world,
+        }
+        ok = True
+        if self.main:
+            try:
+                checkpoint.save(self.out / "checkpoints", done, tensors | flat, state, self.recipe.run.keep)
+            except checkpoint.NonFiniteError as error:
+                self.say(f"error: {error}")
+                ok = False
+            except storage.StorageError as error:
+                self.say(f"error: the checkpoint of step {done} was not written, training goes on: {error}")
+        self.accelerator.wait_for_everyone()
+        return ok
+
+    def restore(self, path: Path) -> int:
+        """Load a checkpoint; the step to continue at. ValueError when recipe or data differ in what decides a run."""
+        tensors, state = checkpoint.load(path)
+        check_resume(state["recipe"], self.recipe, state["fingerprint"], self.source.fingerprint)
+        model = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+        optimizer = checkpoint.unflatten(tensors, state["optimizer"])
+        write_state(self.pretrainer, self.optimizer.optimizer, model, optimizer)
+        if self.accelerator.scaler is not None and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.guard.restore(state["guard"])
+        self.watch.restore(state["watch"])
+        self.outcome.restore(state["outcome"])
+        self.seconds = state["seconds"]
+        return int(state["step"])
+
+    def _finish(self, done: int, code: int) -> int:
+        if code == NON_FINITE:
+            return code
+        with self.meter.paused():
+            self.save(done)
+        if code:
+            name = {130: "SIGINT", 143: "SIGTERM or SIGUSR1", COLLAPSED: "the collapse watch"}[code]
+            self.say(f"stopped by {name} at step {done} of {self.total}; saved. Continue with --resume")
+            return code
+        self._probe(done)
+        self._export(done, last=True)
+        return DONE
+
+    def _export(self, done: int, last: bool = False) -> None:
+        spent = Spent(done, self.steps_per_epoch, self.seconds)
+        self.outcome.export(self.pretrainer, self.out, spent, say=self.say, last=last)
+
+    def _loader(self, rank: int) -> Loader:
+        recipe, run = self.recipe, self.recipe.run
+        views, masks = used_views(recipe, self.pretrainer)
+        return Loader(
+            self.source,
+            recipe.data,
+            {name: recipe.views[name] for name in views},
+            {name: recipe.masks[name] for name in masks},
+            grids=self.pretrainer.spec.grids,
+            stride=self.pretrainer.spec.stride,
+            batch_size=run.batch_size,
+            micro_batch=self.layout.micro_batch,
+            seed=run.seed,
+            rank=rank,
+            world=self.layout.world,
+            workers=run.workers,
+            total_steps=self.total,
+            pin_memory=self.device.type == "cuda",
+            on_broken=self._note_broken,
+        )
+
+    def _note_broken(self, image: Broken) -> None:
+        self.say(f"broken image, replaced: {image.name}: {image.reason}")
+        if self.log is not None and self.main:
+            with (self.out / "bad_files.jsonl").open("a") as file:
+                file.write(json.dumps({"id": image.id, "name": image.name, "reason": image.reason}) + "\n")
+
+
+def stop_code(number: int) -> int:
+    """Exit code for a signal; 0 for none."""
+    return {0: DONE, signal.SIGINT: 130}.get(number, 143)
+
+
+def environment(accelerator: accelerate.Accelerator) -> dict[str, Any]:
+    """Versions and hardware, for the run folder; no host name, no paths."""
+    return {
+        "hybrid_ssl": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "accelerate": accelerate.__version__,
+        "hardware": hardware(accelerator),
+    }

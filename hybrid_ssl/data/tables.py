@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .files import EXTENSIONS
 from .sources import Images, NoSplit, as_labels
 
 _TABLES = (".parquet", ".arrow")
@@ -95,7 +96,11 @@ def _is_saved(folder: Path) -> bool:
 
 
 def _table_files(folder: Path) -> list[Path]:
-    return sorted(file for place in (folder, folder / "data") for file in place.glob("*") if file.suffix in _TABLES)
+    """Parquet and arrow files in `folder` and `folder/data`; none where pictures lie beside them."""
+    inside = [file for place in (folder, folder / "data") for file in sorted(place.glob("*"))]
+    if any(file.suffix.lower() in EXTENSIONS for file in inside):
+        return []
+    return [file for file in inside if file.suffix in _TABLES and file.stem != "metadata"]
 
 
 def open_table(

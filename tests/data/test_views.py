@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from random import Random
 
 import numpy as np
@@ -52,7 +53,7 @@ def test_views_depend_on_nothing_but_the_key(jitter: str) -> None:
     make = Views(DINO, jitter)
     first = make(picture(), 1, 2, 3)
     torch.manual_seed(5)
-    np.random.seed(5)
+    random.seed(5)
     make(picture(), 9, 9, 9)
     again = make(picture(), 1, 2, 3)
     alone = Views({"local": DINO["local"]}, jitter)(picture(), 1, 2, 3)
@@ -141,7 +142,7 @@ def test_fast_hue_turns_the_same_way_as_hsv(shift: float) -> None:
         hue(fast) - hue(exact) + 0.5
     ) % 1 - 0.5  # rotation and hexagon differ a little within a sixth of the circle
     assert turned.abs().mean() < 0.015
-    assert (fast - exact).abs().mean() < 0.8 * (exact - image.float()).abs().mean()
+    assert (fast - exact).abs().mean() < (image.float() - exact).abs().mean()
 
 
 def hue(image: Tensor) -> Tensor:
@@ -186,7 +187,7 @@ def test_blur_is_gaussian(sigma: float) -> None:
     reference = tv.gaussian_blur(image, [23, 23], [sigma, sigma])
     assert (blur(image, sigma) - reference).abs().max() < 1.0
     pil = Image.fromarray(picture().permute(1, 2, 0).numpy()).filter(ImageFilter.GaussianBlur(sigma))
-    assert (blur(image, sigma) - torch.from_numpy(np.asarray(pil)).permute(2, 0, 1)).abs().mean() < 1.5
+    assert (blur(image, sigma) - torch.from_numpy(np.array(pil)).permute(2, 0, 1)).abs().mean() < 1.5
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])

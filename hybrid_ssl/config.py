@@ -16,12 +16,11 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from .data.settings import DataSettings, MaskSettings, ViewSettings
-from .encoder import EncoderSettings
 from .monitor.settings import MonitorSettings
 from .objectives import objective_class
 from .optim import OptimizerSettings
 from .schedule import Duration, Ramp, Value
-from .settings import Settings
+from .settings import EncoderSettings, Settings
 
 
 class RecipeError(ValueError):

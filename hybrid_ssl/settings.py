@@ -1,8 +1,14 @@
-"""The strict base of every configuration class: unknown keys, wrong types and non-finite numbers are refused."""
+"""The strict base of every configuration class: unknown keys, wrong types and non-finite numbers are refused.
+
+Sections stand beside the code that they configure. The encoder's is the exception: beside its code, every error in a
+recipe would first wait for timm's import, which takes longer than all others together.
+"""
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class Settings(BaseModel):
@@ -20,3 +26,22 @@ class Settings(BaseModel):
         allow_inf_nan=False,  # lr: .nan would train to a NaN encoder
         populate_by_name=True,
     )
+
+
+class EncoderSettings(Settings):
+    """The timm model that is trained."""
+
+    name: str
+    """any timm model name, e.g. `vit_base_patch16_224` or `swin_tiny_patch4_window7_224`"""
+    init: str | None = None
+    """null: random weights; `timm`: timm's default pretrained weights; else a folder that an earlier run exported"""
+    args: dict[str, Any] = {}
+    """more arguments of `timm.create_model`, e.g. {reg_tokens: 4, patch_size: 8}"""
+    drop_path: float = Field(0.0, ge=0, lt=1)
+    """stochastic depth of the student, linearly growing over the blocks"""
+    position: Literal["timm", "sincos"] = "timm"
+    """`sincos`: fixed 2-D sine-cosine positions instead of learned ones (MAE, MoCo v3)"""
+    scheme: Literal["timm", "mae", "moco"] = "timm"
+    """initialisation of random weights: `mae`: Xavier, fused qkv as one matrix; `moco`: Xavier, q, k, v as three"""
+    freeze_patch_embed: bool = False
+    """keep the patch embedding at its initial value (MoCo v3)"""

@@ -6,6 +6,7 @@ Everything that can be wrong with a recipe is found here, before an output folde
 from __future__ import annotations
 
 import copy
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +80,7 @@ def build_pretrainer(
     sizes = {name: view.height_width for name, view in recipe.views.items()}
     encoder = build_encoder(recipe.encoder, in_chans=recipe.data.channels, sizes=sizes)
     spec = encoder.spec(sizes, {name: view.crops for name, view in recipe.views.items()})
+    spec = dataclasses.replace(spec, made={name: view.made for name, view in recipe.views.items()})
     objectives = build_objectives(recipe, spec)
     plan = union(need for objective in objectives.values() for need in objective.needs)
     check_masks(recipe, plan)

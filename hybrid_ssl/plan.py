@@ -90,6 +90,9 @@ class EncoderSpec:
     """view -> (rows, columns) of output tokens"""
     crops: Mapping[str, int] = field(default_factory=dict)
     """view -> number of crops V"""
+    made: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """view -> what its crops went through that an objective may rely on, as in `turns`; a view that is not in it may
+    have gone through anything"""
 
     def __post_init__(self) -> None:
         for name in ("grids", "crops"):  # an objective that asks for an unknown view gets a sentence, not a KeyError
@@ -99,6 +102,11 @@ class EncoderSpec:
         """N, the number of patches of one crop of `view`."""
         rows, columns = self.grids[view]
         return rows * columns
+
+    def require(self, view: str, option: str, example: str) -> None:
+        """ValueError unless the crops of `view` were made with the option; `example` is its setting."""
+        if view in self.made and option not in self.made[view]:
+            raise ValueError(f"view {view!r} has to be made with {option}: set views.{view}.{option}={example}")
 
 
 def union(requests: Iterable[Forward]) -> tuple[Forward, ...]:

@@ -41,6 +41,7 @@ SMALL_HEADS = {
     "moco_v3": ["hidden=32", "dim=16"],
     "dino": ["out_dim=32", "hidden=32", "bottleneck=16"],
     "ibot": ["out_dim=32", "hidden=32", "bottleneck=16"],
+    "rotation": [],
 }
 SMALL_SIDE = {28: 28, 96: 32, 192: 64, 224: 64}
 

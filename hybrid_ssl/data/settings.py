@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from ..schedule import Duration
 from ..settings import Settings
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -67,6 +68,12 @@ class DataSettings(Settings):
     """the run stops when a larger share of the images is broken"""
     probe: ProbeSettings | None = None
 
+    @model_validator(mode="after")
+    def _check_range(self) -> DataSettings:
+        if self.value_range is not None and not self.value_range[0] < self.value_range[1]:
+            raise ValueError(f"value_range must be [low, high] with low < high, got {self.value_range}")
+        return self
+
 
 class JitterSettings(Settings):
     """torchvision's ColorJitter, applied with probability `p`."""
@@ -102,6 +109,14 @@ class ViewSettings(Settings):
     solarize_threshold: float = Field(0.5, ge=0, le=1)
     like: str | None = None
     """another view whose boxes and flips are used, at this view's size (a tokenizer's smaller picture)"""
+    turns: bool = False
+    """all crops are one square, crop k turned by k x 90 degrees (rotation)"""
+
+    @property
+    def made(self) -> frozenset[str]:
+        """What is done to the crops that an objective may rely on, in the words of the settings."""
+        made = {"turns": self.turns}
+        return frozenset(name for name, done in made.items() if done)
 
     @property
     def height_width(self) -> tuple[int, int]:
@@ -117,6 +132,13 @@ class ViewSettings(Settings):
             raise ValueError(f"scale must be 0 < low <= high <= 1, got {self.scale}")
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"ratio must be 0 < low <= high, got {self.ratio}")
+        if not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
+            raise ValueError(f"blur_sigma must be 0 < low <= high, got {self.blur_sigma}")
+        if self.turns and (self.height_width[0] != self.height_width[1] or self.crops > 4 or self.vflip):
+            raise ValueError(
+                f"turns: true makes up to 4 crops of a square, without vflip (a flip and a half turn look alike); got "
+                f"crops {self.crops}, size {self.size}, vflip {self.vflip}"
+            )
         per_crop = {"gray": self.gray, "blur": self.blur, "solarize": self.solarize}
         if self.jitter:
             per_crop["jitter.p"] = self.jitter.p
@@ -152,8 +174,16 @@ class BlockMask(Settings):
     """area of the largest block; null: what is still missing"""
     aspect: list[float] = Field([0.3, 3.3333333333333335], min_length=2, max_length=2)
     unit: int | None = Field(None, ge=1)
-    start: str = "0 steps"
+    start: Duration = "0 steps"
     """duration before which nothing is hidden (iBOT on Swin: 50 epochs)"""
+
+    @model_validator(mode="after")
+    def _check(self) -> BlockMask:
+        if not 0 < self.ratio[0] <= self.ratio[1] < 1:
+            raise ValueError(f"ratio must be 0 < low <= high < 1, got {self.ratio}")
+        if not 0 < self.aspect[0] <= self.aspect[1]:
+            raise ValueError(f"aspect must be 0 < low <= high, got {self.aspect}")
+        return self
 
 
 MaskSettings = Annotated[RandomMask | BlockMask, Field(discriminator="kind")]

@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .precision import full_precision, no_autocast
@@ -49,6 +50,19 @@ def across_views(targets: Tensor, logits: Tensor, temperature: float) -> Tensor:
             target = total - targets[view] if view < teachers else total
             terms.append(soft_cross_entropy(target, own_logits, temperature, mass=met).mean())
     return torch.stack(terms).sum() / (teachers * (views - 1))
+
+
+def hard_cross_entropy(logits: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy with class numbers, and the share of rows whose largest logit is right; both float32.
+
+    Args:
+        logits: [R, K].
+        classes: [R] int64 in 0 .. K-1.
+    """
+    with no_autocast(logits):
+        loss = F.cross_entropy(full_precision(logits), classes)
+    with torch.no_grad():
+        return loss, (logits.argmax(dim=-1) == classes).to(loss.dtype).mean()
 
 
 def entropy_share(probabilities: Tensor) -> Tensor:

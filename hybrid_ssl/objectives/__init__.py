@@ -10,6 +10,7 @@ from .dino import DINO
 from .ibot import IBOT
 from .mae import MAE
 from .moco_v3 import MoCoV3
+from .rotation import Rotation
 from .simmim import SimMIM
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -18,6 +19,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "moco_v3": MoCoV3,
     "dino": DINO,
     "ibot": IBOT,
+    "rotation": Rotation,
 }
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
+import torch
 from pydantic import AfterValidator
 from torch import Tensor, nn
 
@@ -85,3 +86,8 @@ def crops_of(encoder: EncoderSpec, view: str) -> int:
     if view not in encoder.crops:
         raise ValueError(f"there is no view {view!r}; the recipe's views are: {', '.join(encoder.crops)}")
     return encoder.crops[view]
+
+
+def number_crops(rows: Tensor, crops: int) -> Tensor:
+    """For rows of V stacked crops [V*B, ...], the number 0 .. V-1 of each one's crop: int64 [V*B]."""
+    return torch.arange(crops, device=rows.device).repeat_interleave(len(rows) // crops)

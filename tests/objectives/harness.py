@@ -111,7 +111,9 @@ def share(inputs: Inputs, part: int, parts: int, spec: EncoderSpec = SPEC) -> In
     return cut_tokens, cut_batch
 
 
-def train(objective: Objective, steps: int = 3, images: int = 4, lr: float = 0.1) -> dict[str, Any]:
+def train(
+    objective: Objective, steps: int = 3, images: int = 4, lr: float = 0.1, spec: EncoderSpec = SPEC
+) -> dict[str, Any]:
     """A few steps of gradient descent on given tokens, gradients averaged over processes as DDP does.
 
     Returns losses (means over processes), the gradients of the last step and the final state.
@@ -119,7 +121,7 @@ def train(objective: Objective, steps: int = 3, images: int = 4, lr: float = 0.1
     losses = []
     gradients: dict[str, Tensor] = {}
     for step in range(steps):
-        tokens, batch = share(make_inputs(objective.needs, images, seed=step), rank(), world_size())
+        tokens, batch = share(make_inputs(objective.needs, images, seed=step, spec=spec), rank(), world_size(), spec)
         objective.zero_grad()
         loss = objective.loss(tokens, batch, now(step))["loss"]
         loss.backward()
@@ -141,8 +143,8 @@ def average(x: Tensor) -> Tensor:
     return x / world_size()
 
 
-def train_all(name: str, cases: Mapping[str, Settings]) -> dict[str, Any]:
-    return {label: train(build(name, settings)) for label, settings in cases.items()}
+def train_all(name: str, cases: Mapping[str, Settings], spec: EncoderSpec = SPEC) -> dict[str, Any]:
+    return {label: train(build(name, settings, spec), spec=spec) for label, settings in cases.items()}
 
 
 # The claims
@@ -166,33 +168,33 @@ def check_gradients(name: str, settings: Settings, spec: EncoderSpec = SPEC) -> 
         assert all(a[0] == b[0] and torch.equal(a[1], b[1]) for a, b in same)
 
 
-def check_state(name: str, settings: Settings) -> None:
+def check_state(name: str, settings: Settings, spec: EncoderSpec = SPEC) -> None:
     """Saved after two steps and loaded into other weights, it goes on with the same bits."""
-    first, second = build(name, settings), build(name, settings, seed=1)
-    train(first, steps=2)
+    first, second = build(name, settings, spec), build(name, settings, spec, seed=1)
+    train(first, steps=2, spec=spec)
     second.load_state_dict(first.state_dict())
     for step in (2, 3):
-        inputs = make_inputs(first.needs, seed=step)
+        inputs = make_inputs(first.needs, seed=step, spec=spec)
         one, two = (objective.loss(*inputs, now(step)) for objective in (first, second))
         assert all(torch.equal(one[key], two[key]) for key in one)
 
 
-def check_two_ranks(name: str, cases: Mapping[str, Settings]) -> None:
+def check_two_ranks(name: str, cases: Mapping[str, Settings], spec: EncoderSpec = SPEC) -> None:
     """Two processes with half the images each: the same losses, gradients and state as one, in float64."""
-    alone = train_all(name, cases)
-    for result in run_two_ranks(train_all, name, cases):
+    alone = train_all(name, cases, spec)
+    for result in run_two_ranks(train_all, name, cases, spec):
         torch.testing.assert_close(result, alone, rtol=1e-9, atol=1e-11)  # a failure names the case and the tensor
 
 
-def check_half_precision(name: str, settings: Settings, rtol: float = 0.02) -> None:
+def check_half_precision(name: str, settings: Settings, rtol: float = 0.02, spec: EncoderSpec = SPEC) -> None:
     """bf16 and fp16 tokens give a finite float32 loss near the float32 one, with autocast or without."""
-    whole = build(name, settings, dtype=torch.float32)
-    tokens, batch = make_inputs(whole.needs, dtype=torch.float32)
+    whole = build(name, settings, spec, dtype=torch.float32)
+    tokens, batch = make_inputs(whole.needs, spec=spec, dtype=torch.float32)
     expected = whole.loss(tokens, batch, now())["loss"]
     for dtype in (torch.bfloat16, torch.float16):
         for autocast in (True, False):
-            objective = build(name, settings, dtype=torch.float32)
-            tokens, batch = make_inputs(objective.needs, dtype=dtype)
+            objective = build(name, settings, spec, dtype=torch.float32)
+            tokens, batch = make_inputs(objective.needs, spec=spec, dtype=dtype)
             with torch.autocast("cpu", dtype, enabled=autocast):
                 loss = objective.loss(tokens, batch, now())["loss"]
             loss.backward()

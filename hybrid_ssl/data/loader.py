@@ -1,45 +1,34 @@
 """The loader: micro-batches of views and masks from any step on, the same bits with any number of workers.
 
 A worker gets one `MicroBatch` (step, epoch, image numbers) and builds the whole `Batch` from it; what it returns
-depends on nothing else, so order, resume and randomness need no state. A broken image is reported with the batch,
-named and counted in the main process, and replaced by another image that is a function of (seed, epoch, sample); its
-random numbers stay those of the sample it stands for, so that no two samples of an epoch share them.
-
-Shapes: B images of a micro-batch, V crops of a view, N tokens; views uint8 [V*B, C, H, W], view-major; masks [V*B,
-N].
+depends on nothing else, so order, resume and randomness need no state, and a worker that dies is replaced without a
+trace. Broken images are reported with the batch, named and counted in the main process.
 """
 
 from __future__ import annotations
 
+import signal
+import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..plan import Batch
 from ..schedule import to_steps
 from .decode import Decoder
-from .masks import hidden_count, make_mask
-from .order import BatchOrder, MicroBatch, key, keyed
+from .masks import hidden_count
+from .order import BatchOrder, MicroBatch
+from .samples import Broken, Samples
 from .settings import BlockMask, DataSettings, MaskSettings, ViewSettings
 from .sources import Images, Source
-from .streams import Item, Stream, StreamOrder
+from .streams import Stream, StreamOrder
 from .views import Views
 
-_REPLACEMENTS = 20  # so many broken images one after another mean that all are
-_KEPT_BYTES = 128 * 2**20  # decoded pictures that one process keeps: all of Fashion-MNIST or CIFAR, nothing of ImageNet
-
-
-class Broken(NamedTuple):
-    """An image that could not be read."""
-
-    id: int
-    name: str
-    reason: str
+_RESTARTS = 3
 
 
 class _Built(NamedTuple):
@@ -50,92 +39,6 @@ class _Built(NamedTuple):
     problem: str = ""
     users: bool = False
     """the problem is the user's to solve"""
-
-
-@dataclass
-class Samples:
-    """Builds the `Batch` of a `MicroBatch`: a pure function that remembers broken images and small decoded ones."""
-
-    source: Images | Stream
-    decoder: Decoder
-    views: Views
-    masks: Mapping[str, MaskSettings]
-    grids: Mapping[str, tuple[int, int]]
-    stride: int
-    starts: Mapping[str, float]
-    """mask -> the step from which it hides anything"""
-    seed: int
-
-    def __post_init__(self) -> None:
-        self._broken: set[int] = set()
-        self._kept: dict[int, tuple[Tensor, int | None]] = {}
-
-    def build(self, micro: MicroBatch) -> tuple[Batch, tuple[Broken, ...]]:
-        """Decode once per image, cut all views, draw all masks."""
-        broken: list[Broken] = []
-        rows = [self._image(micro, place, broken) for place in range(len(micro.ids))]
-        drawn = [self.views(row[0], self.seed, micro.epoch, i) for i, row in zip(micro.ids, rows, strict=True)]
-        views = {
-            name: torch.stack([each[name] for each in drawn], 1).flatten(0, 1) for name in drawn[0]
-        }  # [V*B, C, h, w]
-        masks = {name: self._masks(name, micro) for name in self.masks}
-        labels = [label for _, _, label in rows if label is not None]
-        batch = Batch(
-            views=views,
-            masks=masks,
-            labels=torch.tensor(labels) if len(labels) == len(rows) else None,
-            ids=torch.tensor([number for _, number, _ in rows]),
-            hidden={name: mask.flatten().nonzero().squeeze(1) for name, mask in masks.items()},
-        )
-        return batch, tuple(broken)
-
-    def _image(self, micro: MicroBatch, place: int, broken: list[Broken]) -> tuple[Tensor, int, int | None]:
-        """The picture at `place`, its id and label; of a replacement if it is broken."""
-        i = wanted = micro.ids[place]
-        problem = Broken(i, "", "known to be broken")
-        for attempt in range(_REPLACEMENTS):
-            if i not in self._broken:
-                try:
-                    image, label = self._read(micro, i)
-                    return image, i, label
-                except ValueError as error:
-                    problem = Broken(i, self._name(micro, i), str(error))
-                    self._broken.add(i)
-                    broken.append(problem)
-            draw = key(self.seed, micro.epoch, wanted, f"replacement {attempt}")
-            i = draw % len(self.source) if micro.items is None else micro.ids[draw % len(micro.ids)]
-        raise ValueError(f"{_REPLACEMENTS} images in a row are broken, the last one {problem.name}: {problem.reason}")
-
-    def _read(self, micro: MicroBatch, i: int) -> tuple[Tensor, int | None]:
-        if i in self._kept:
-            return self._kept[i]
-        if isinstance(self.source, Stream):
-            item = self._item(micro, i)
-            return self.decoder(self.source.load(item.ref)), item.label
-        payload, label = self.source.read(i)
-        image = self.decoder(payload)
-        if image.numel() * len(self.source) <= _KEPT_BYTES:
-            self._kept[i] = image, label
-        return image, label
-
-    def _name(self, micro: MicroBatch, i: int) -> str:
-        return self._item(micro, i).name if isinstance(self.source, Stream) else self.source.name(i)
-
-    @staticmethod
-    def _item(micro: MicroBatch, i: int) -> Item:
-        assert micro.items is not None
-        return micro.items[micro.ids.index(i)]
-
-    def _masks(self, name: str, micro: MicroBatch) -> Tensor:
-        """bool [V*B, N], view-major like the views."""
-        mask = self.masks[name]
-        active = micro.step >= self.starts[name]
-        crops = range(self.views.settings[mask.view].crops)
-        drawn = []
-        for i in micro.ids:
-            rng = keyed(self.seed, micro.epoch, i, f"mask {name}")
-            drawn.append(torch.stack([make_mask(mask, self.grids[mask.view], self.stride, rng, active) for _ in crops]))
-        return torch.stack(drawn, 1).flatten(0, 1)
 
 
 class _Building(Dataset[_Built]):
@@ -214,26 +117,53 @@ class Loader:
     def iterate(self, step: int = 0) -> Iterator[Batch]:
         """`accumulation` micro-batches for every optimizer step from `step` on, without end.
 
+        A loader process that dies is replaced, and the batches go on where they were, at most three times in a row.
+
         Raises:
             ValueError: more than `data.max_broken` of the images are broken.
+            RuntimeError: a bug, with its traceback, or loader processes that keep dying.
         """
-        order = self._order(self.samples.source, step)
-        builds: Iterable[_Built] = DataLoader(
+        done = deaths = 0
+        while True:
+            begin, skip = divmod(done, self.accumulation)
+            try:
+                for built in islice(self._workers(step + begin), skip, None):
+                    yield self._unpack(built)
+                    done, deaths = done + 1, 0
+            except (RuntimeError, OSError, EOFError) as problem:  # the last two: its tensors died with it
+                if not self.workers or (isinstance(problem, RuntimeError) and "DataLoader worker" not in str(problem)):
+                    raise
+                deaths += 1
+                if deaths > _RESTARTS:
+                    raise RuntimeError(
+                        f"loader processes died {deaths} times in a row at step {step + begin}: {problem} If memory is "
+                        "short, lower run.workers or run.micro_batch"
+                    ) from problem
+
+    def _workers(self, step: int) -> Iterator[_Built]:
+        loader = DataLoader(
             _Building(self.samples),
-            sampler=order,
+            sampler=self._order(self.samples.source, step),
             batch_size=None,  # an item is a micro-batch already
             collate_fn=_as_is,
             num_workers=self.workers,
             pin_memory=self.pin_memory,
             prefetch_factor=4 if self.workers else None,
         )
-        for built in builds:
-            self._note(built.broken)
-            if built.batch is None:
-                if built.users:
-                    raise ValueError(built.problem)
-                raise RuntimeError(f"a batch could not be built:\n{built.problem}")
-            yield built.batch
+        before = signal.getsignal(signal.SIGCHLD)
+        builds = iter(loader)
+        if self.workers and threading.current_thread() is threading.main_thread():
+            # torch's handler would raise wherever the training step is when a worker dies; `next` notices it within 5 s
+            signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+        return builds
+
+    def _unpack(self, built: _Built) -> Batch:
+        self._note(built.broken)
+        if built.batch is not None:
+            return built.batch
+        if built.users:
+            raise ValueError(built.problem)
+        raise RuntimeError(f"a batch could not be built:\n{built.problem}")
 
     def _order(self, source: Images | Stream, start: int) -> BatchOrder:
         if isinstance(source, Stream):

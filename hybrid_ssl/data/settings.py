@@ -39,7 +39,7 @@ class DataSettings(Settings):
     """a folder (recursive), a list of folders, a .txt list of files, a Hub data set name, parquet / arrow files, a
     `save_to_disk` folder, .tar shards, or `embedded:fashion_mnist`, a small labelled set in the package"""
     split: str = "train"
-    """split of a Hugging Face data set"""
+    """split of a Hugging Face data set, or of a folder whose sub-folders are called train, val, test"""
     config: str | None = None
     """configuration name of a Hugging Face data set"""
     revision: str | None = None
@@ -51,7 +51,7 @@ class DataSettings(Settings):
     streaming: bool = False
     """read shards in sequence: nothing is downloaded or indexed first, but a resume walks the epoch's shards again and
     needs the same number of processes"""
-    channels: Literal[1, 2, 3] | Annotated[int, Field(ge=1, le=512)] = 3
+    channels: int = Field(3, ge=1, le=512)
     """channels of the images; gray is repeated to 3 where 3 are asked for, other mismatches are refused"""
     value_range: list[float] | None = Field(None, min_length=2, max_length=2)
     """[low, high] that is mapped to 0..255; null: the full range of the integer type; float images need it"""

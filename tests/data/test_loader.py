@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -210,6 +212,34 @@ class Buggy(Images):
 def test_a_bug_surfaces_with_its_place(workers: int) -> None:
     with pytest.raises(RuntimeError, match="a batch could not be built(.|\n)*test_loader.py(.|\n)*a bug in here"):
         take(load(Buggy(), workers=workers), 1)
+
+
+class Deadly(Images):
+    """Kills the process that reads image 7, the first time or always."""
+
+    def __init__(self, source: Images, mark: Path, always: bool) -> None:
+        self.source, self.mark, self.always = source, mark, always
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, i: int) -> tuple[Any, int | None]:
+        if i == 7 and (self.always or not self.mark.exists()):
+            self.mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.source.read(i)
+
+
+def test_a_killed_worker_is_replaced_without_a_trace(
+    source: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting = torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data
+    monkeypatch.setattr(waiting, "__defaults__", (0.2,))  # looks for the dead every 5 s otherwise
+    deadly = Deadly(source, tmp_path / "mark", always=False)
+    options = {"micro_batch": 4, "workers": 2}
+    assert equal(take(load(deadly, **options), 16), take(load(source, micro_batch=4), 16)) and deadly.mark.exists()
+    with pytest.raises(RuntimeError, match="died 4 times in a row at step 0"):
+        take(load(Deadly(source, tmp_path / "mark", always=True), batch_size=40, micro_batch=8, workers=1), 8)
 
 
 def test_small_pictures_are_decoded_once(source: Images) -> None:

@@ -263,14 +263,10 @@ def test_json_labels_of_tars_and_hostile_members(tmp_path: Path) -> None:
         link = tarfile.TarInfo("link.png")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(link)
-    before = {path for path in tmp_path.rglob("*")}
+    before = set(tmp_path.rglob("*"))
     source = open_named(str(tmp_path / "a.tar"))
     assert [first_channel(source, i) for i in range(len(source))] == [0, 1]
-    assert (
-        source.labels is not None
-        and source.labels.tolist() == [3, 4]
-        and {path for path in tmp_path.rglob("*")} == before
-    )
+    assert source.labels is not None and source.labels.tolist() == [3, 4] and set(tmp_path.rglob("*")) == before
 
 
 def test_tar_patterns_and_damaged_tars(tmp_path: Path) -> None:

@@ -1,0 +1,123 @@
+"""From the numbers of a micro-batch to the `Batch`: read, decode once, cut all views, draw all masks.
+
+A broken image is replaced by another one that is a function of (seed, epoch, sample); the random numbers stay those
+of the sample it stands for, so that no two samples of an epoch share them.
+
+Shapes: B images of a micro-batch, V crops of a view, N tokens; views uint8 [V*B, C, H, W], view-major; masks [V*B,
+N].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..plan import Batch
+from .decode import Decoder
+from .masks import make_mask
+from .order import MicroBatch, key, keyed
+from .settings import MaskSettings
+from .sources import Images
+from .streams import Item, Stream
+from .views import Views
+
+_REPLACEMENTS = 20  # so many broken images one after another mean that all are
+_KEPT_BYTES = 128 * 2**20  # decoded pictures that one process keeps: all of Fashion-MNIST or CIFAR, nothing of ImageNet
+
+
+class Broken(NamedTuple):
+    """An image that could not be read."""
+
+    id: int
+    name: str
+    reason: str
+
+
+@dataclass
+class Samples:
+    """Builds the `Batch` of a `MicroBatch`: a pure function that remembers broken images and small decoded ones."""
+
+    source: Images | Stream
+    decoder: Decoder
+    views: Views
+    masks: Mapping[str, MaskSettings]
+    grids: Mapping[str, tuple[int, int]]
+    stride: int
+    starts: Mapping[str, float]
+    """mask -> the step from which it hides anything"""
+    seed: int
+
+    def __post_init__(self) -> None:
+        self._broken: set[int] = set()
+        self._kept: dict[int, tuple[Tensor, int | None]] = {}
+
+    def build(self, micro: MicroBatch) -> tuple[Batch, tuple[Broken, ...]]:
+        """Decode once per image, cut all views, draw all masks."""
+        broken: list[Broken] = []
+        rows = [self._image(micro, place, broken) for place in range(len(micro.ids))]
+        drawn = [self.views(row[0], self.seed, micro.epoch, i) for i, row in zip(micro.ids, rows, strict=True)]
+        views = {
+            name: torch.stack([each[name] for each in drawn], 1).flatten(0, 1) for name in drawn[0]
+        }  # [V*B, C, h, w]
+        masks = {name: self._masks(name, micro) for name in self.masks}
+        labels = [label for _, _, label in rows if label is not None]
+        batch = Batch(
+            views=views,
+            masks=masks,
+            labels=torch.tensor(labels) if len(labels) == len(rows) else None,
+            ids=torch.tensor([number for _, number, _ in rows]),
+            hidden={name: mask.flatten().nonzero().squeeze(1) for name, mask in masks.items()},
+        )
+        return batch, tuple(broken)
+
+    def _image(self, micro: MicroBatch, place: int, broken: list[Broken]) -> tuple[Tensor, int, int | None]:
+        """The picture at `place`, its id and label; of a replacement if it is broken."""
+        i = wanted = micro.ids[place]
+        problem = Broken(i, "", "known to be broken")
+        for attempt in range(_REPLACEMENTS):
+            if i not in self._broken:
+                try:
+                    image, label = self._read(micro, i)
+                    return image, i, label
+                except ValueError as error:
+                    problem = Broken(i, self._name(micro, i), str(error))
+                    self._broken.add(i)
+                    broken.append(problem)
+            draw = key(self.seed, micro.epoch, wanted, f"replacement {attempt}")
+            i = draw % len(self.source) if micro.items is None else micro.ids[draw % len(micro.ids)]
+        raise ValueError(f"{_REPLACEMENTS} images in a row are broken, the last one {problem.name}: {problem.reason}")
+
+    def _read(self, micro: MicroBatch, i: int) -> tuple[Tensor, int | None]:
+        if i in self._kept:
+            return self._kept[i]
+        if isinstance(self.source, Stream):
+            item = self._item(micro, i)
+            return self.decoder(self.source.load(item.ref)), item.label
+        payload, label = self.source.read(i)
+        image = self.decoder(payload)
+        if image.numel() * len(self.source) <= _KEPT_BYTES:
+            self._kept[i] = image, label
+        return image, label
+
+    def _name(self, micro: MicroBatch, i: int) -> str:
+        return self._item(micro, i).name if isinstance(self.source, Stream) else self.source.name(i)
+
+    @staticmethod
+    def _item(micro: MicroBatch, i: int) -> Item:
+        assert micro.items is not None
+        return micro.items[micro.ids.index(i)]
+
+    def _masks(self, name: str, micro: MicroBatch) -> Tensor:
+        """bool [V*B, N], view-major like the views."""
+        mask = self.masks[name]
+        active = micro.step >= self.starts[name]
+        crops = range(self.views.settings[mask.view].crops)
+        drawn = []
+        for i in micro.ids:
+            rng = keyed(self.seed, micro.epoch, i, f"mask {name}")
+            drawn.append(torch.stack([make_mask(mask, self.grids[mask.view], self.stride, rng, active) for _ in crops]))
+        return torch.stack(drawn, 1).flatten(0, 1)

@@ -29,6 +29,7 @@ PUBLISHED = {  # learning rate of a step, images in it, length: as the papers an
     "ibot_vits": (2e-3, 1024, "800 epochs"),
     "ibot_vitb": (3e-3, 1024, "400 epochs"),
     "ibot_swint": (2e-3, 1024, "300 epochs"),
+    "maskfeat_vitb": (1.6e-3, 2048, "300 epochs"),
 }
 
 SMALL_ENCODER = {
@@ -41,6 +42,7 @@ SMALL_HEADS = {
     "moco_v3": ["hidden=32", "dim=16"],
     "dino": ["out_dim=32", "hidden=32", "bottleneck=16"],
     "ibot": ["out_dim=32", "hidden=32", "bottleneck=16"],
+    "maskfeat": [],
     "rotation": [],
 }
 SMALL_SIDE = {28: 28, 96: 32, 192: 64, 224: 64}

@@ -52,6 +52,15 @@ def all_max_no_grad(x: Tensor) -> Tensor:
     return _reduce(x.detach(), dist.ReduceOp.MAX) if world_size() > 1 else x.detach()
 
 
+def ragged_mean(values: Tensor) -> Tensor:
+    """The mean over the rows of all processes, which may have other numbers of them; no rows at all: 0.
+
+    [n] -> scalar: this process's sum x W / global n, whose average over processes, as DDP takes it, is the mean.
+    """
+    count = all_sum_no_grad(values.new_full((), len(values)))
+    return values.sum() * (world_size() / count.clamp(min=1))
+
+
 def _gather(x: Tensor) -> Tensor:
     out = x.new_empty(world_size() * x.shape[0], *x.shape[1:])
     dist.all_gather_into_tensor(out, x.contiguous())

@@ -9,6 +9,7 @@ from .base import Objective
 from .dino import DINO
 from .ibot import IBOT
 from .mae import MAE
+from .maskfeat import MaskFeat
 from .moco_v3 import MoCoV3
 from .rotation import Rotation
 from .simmim import SimMIM
@@ -19,6 +20,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "moco_v3": MoCoV3,
     "dino": DINO,
     "ibot": IBOT,
+    "maskfeat": MaskFeat,
     "rotation": Rotation,
 }
 

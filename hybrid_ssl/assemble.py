@@ -64,8 +64,6 @@ def _near(batch: int, unit: int) -> str:
 
 def total_steps(recipe: Recipe, steps_per_epoch: int) -> int:
     """Optimizer steps of the run."""
-    if recipe.run.length.strip().endswith("%"):
-        raise ValueError(f"run.length {recipe.run.length!r}: a share of what? Write '300 epochs' or '10000 steps'")
     steps = round(to_steps(recipe.run.length, 0, steps_per_epoch))
     if steps < 1:
         raise ValueError(f"run.length {recipe.run.length!r} is less than one step of {steps_per_epoch} an epoch")
@@ -185,5 +183,5 @@ def _cost(pretrainer: Pretrainer, need: Forward) -> float:
     mask = torch.empty(crops, rows * columns, dtype=torch.bool, device="meta") if need.mask else None
     visible = pretrainer.visible[need.mask] if need.drop and need.mask else None
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        encoder(images, mask, visible=visible)
+        encoder(images, mask, visible=visible, positions=need.positions)
     return float(counter.get_total_flops()) * (3 if need.net == "student" else 1)

@@ -68,6 +68,7 @@ class Encoder(nn.Module):
         mask: Tensor | None = None,
         *,
         visible: int | None = None,
+        positions: bool = True,
         noise: Tensor | None = None,
     ) -> Tokens:
         """Encode crops.
@@ -77,6 +78,7 @@ class Encoder(nn.Module):
             mask: [R, N] bool, True = hidden, or None.
             visible: given: hidden patches are dropped and this many are left in every row; None: the mask token
                 replaces them.
+            positions: False: patches are embedded without their positions; needs `forgets_positions`.
             noise: [noise_rows, R] uniform in [0, 1) for stochastic depth; None switches it off.
         """
         if mask is not None:
@@ -84,6 +86,11 @@ class Encoder(nn.Module):
         features = self.model.forward_features(images)
         pooled = self.model.forward_head(features, pre_logits=True)
         return Tokens(pooled, pooled.unsqueeze(1))
+
+    @property
+    def forgets_positions(self) -> bool:
+        """Whether a pass can leave out the positions: they have to be added to the tokens, not built into attention."""
+        return False
 
     def add_mask_token(self) -> None:
         """For runs in which some pass replaces hidden patches; in others the parameter would have no gradient."""
@@ -187,6 +194,10 @@ class VitEncoder(Encoder):
     def blocks(self) -> list[nn.Module]:
         return list(self.model.blocks)
 
+    @property
+    def forgets_positions(self) -> bool:
+        return isinstance(self.model, VisionTransformer)  # Eva's are rotary, as a rule
+
     def _token_dim(self) -> int:
         return int(self.model.embed_dim)
 
@@ -196,12 +207,17 @@ class VitEncoder(Encoder):
         mask: Tensor | None = None,
         *,
         visible: int | None = None,
+        positions: bool = True,
         noise: Tensor | None = None,
     ) -> Tokens:
         grid = (images.shape[-2] // self.stride, images.shape[-1] // self.stride)
         if visible is not None:
             assert mask is not None
-            x, rope = self._embed_visible(images, visible_rows(mask, visible), grid)
+            ids = visible_rows(mask, visible)
+            x, rope = self._embed_visible(images, ids, grid) if positions else self._as_set(images, ids, grid)
+        elif not positions:
+            assert mask is None, "without positions one mask token is as good as another"
+            x, rope = self._as_set(images, None, grid)
         else:
             x = self._embed(images, None)  # [R, N, D]
             if mask is not None:
@@ -249,6 +265,13 @@ class VitEncoder(Encoder):
             return x, rope[ids].unsqueeze(1)  # [R, 1, n, d]
         return x, rope[:, :, ids].transpose(1, 2)  # [depth, heads, N, d] -> [depth, R, heads, n, d]
 
+    def _as_set(self, images: Tensor, ids: Tensor | None, grid: tuple[int, int]) -> tuple[Tensor, None]:
+        """Patches without positions behind the class token and registers, which keep theirs."""
+        x = self._embed(images, ids)
+        zeros = x.new_zeros(1, grid[0] * grid[1], x.shape[-1])
+        prefix = self._positions(zeros, grid)[0][:, : self.model.num_prefix_tokens]
+        return torch.cat([prefix.expand(len(x), -1, -1), x], dim=1), None
+
     def _positions(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
         if self.model.dynamic_img_size:
             x = x.unflatten(1, grid)
@@ -283,6 +306,7 @@ class SwinEncoder(Encoder):
         mask: Tensor | None = None,
         *,
         visible: int | None = None,
+        positions: bool = True,
         noise: Tensor | None = None,
     ) -> Tokens:
         if visible is not None:

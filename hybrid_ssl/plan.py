@@ -30,13 +30,16 @@ class Forward:
     """a mask of the recipe; it belongs to the same view"""
     drop: bool = False
     """True: hidden patches are removed (MAE); False: they are replaced by the mask token (SimMIM, iBOT)"""
+    positions: bool = True
+    """False: patches come without their positions, as a set (jigsaw)"""
 
     def __post_init__(self) -> None:
         assert self.mask is not None or not self.drop, "dropping patches needs a mask"
+        assert self.positions or self.drop or self.mask is None, "mask tokens without positions are all the same"
 
     def __str__(self) -> str:
         how = "" if self.mask is None else f", {self.mask} {'dropped' if self.drop else 'masked'}"
-        return f"{self.net} {self.view}{how}"
+        return f"{self.net} {self.view}{how}{'' if self.positions else ', no positions'}"
 
 
 class Tokens(NamedTuple):

@@ -73,8 +73,7 @@ class Pretrainer(nn.Module):
 
     def forward(self, batch: Batch, now: Progress) -> tuple[Tensor, dict[str, Tensor]]:
         """One micro-batch: (the weighted sum of losses, what to log as `label/term`)."""
-        batch = batch._replace(views={name: self.normalise(images) for name, images in batch.views.items()})
-        tokens = {need: self._run(need, batch, now, index) for index, need in enumerate(self.plan)}
+        batch, tokens = self.encode(batch, now)
         total: Tensor | None = None
         logs: dict[str, Tensor] = {}
         for label, objective in self.parts.items():
@@ -84,6 +83,11 @@ class Pretrainer(nn.Module):
             logs |= {f"{label}/{term}": value.detach() for term, value in terms.items()}
         assert total is not None
         return total, {"loss": total.detach()} | logs
+
+    def encode(self, batch: Batch, now: Progress) -> tuple[Batch, dict[Forward, Tokens]]:
+        """Run the plan: (the batch with normalised views, the tokens of every pass)."""
+        batch = batch._replace(views={name: self.normalise(images) for name, images in batch.views.items()})
+        return batch, {need: self._run(need, batch, now, index) for index, need in enumerate(self.plan)}
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 in 0..255 -> normalised float; float images pass as they are."""
@@ -121,9 +125,9 @@ class Pretrainer(nn.Module):
         if need.net == "teacher":
             assert self.teacher is not None
             with torch.no_grad():
-                return self.teacher(images)
+                return self.teacher(images, positions=need.positions)
         noise = self._noise(images, now, index, crops=self.spec.crops[need.view]) if self.training else None
-        tokens: Tokens = self.student(images, mask, visible=visible, noise=noise)
+        tokens: Tokens = self.student(images, mask, visible=visible, positions=need.positions, noise=noise)
         return tokens
 
     def _noise(self, images: Tensor, now: Progress, index: int, crops: int) -> Tensor | None:
@@ -163,6 +167,11 @@ def _check_plan(plan: tuple[Forward, ...], student: Encoder, visible: Mapping[st
         if need.mask is not None and student.family == "pooled":
             raise ValueError(
                 f"'{need}': {kind} patches cannot be masked; choose a timm ViT or Swin, or unmasked objectives"
+            )
+        if not need.positions and not student.forgets_positions:
+            raise ValueError(
+                f"'{need}': {kind} has its positions inside attention (windows, rotary angles), so they cannot be left "
+                "out; use a timm VisionTransformer, whose positions are added to the patches"
             )
         if need.drop and student.family == "swin":
             raise ValueError(

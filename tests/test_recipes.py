@@ -44,6 +44,7 @@ SMALL_HEADS = {
     "ibot": ["out_dim=32", "hidden=32", "bottleneck=16"],
     "maskfeat": [],
     "rotation": [],
+    "jigsaw": ["hidden=32"],
 }
 SMALL_SIDE = {28: 28, 96: 32, 192: 64, 224: 64}
 

@@ -7,7 +7,9 @@ import importlib
 
 from .base import Objective
 from .dino import DINO
+from .dinov2 import DINOv2
 from .ibot import IBOT
+from .jigsaw import Jigsaw
 from .mae import MAE
 from .maskfeat import MaskFeat
 from .moco_v3 import MoCoV3
@@ -20,8 +22,10 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "moco_v3": MoCoV3,
     "dino": DINO,
     "ibot": IBOT,
+    "dinov2": DINOv2,
     "maskfeat": MaskFeat,
     "rotation": Rotation,
+    "jigsaw": Jigsaw,
 }
 
 

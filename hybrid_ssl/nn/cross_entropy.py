@@ -30,13 +30,14 @@ def soft_cross_entropy(target: Tensor, logits: Tensor, temperature: float, mass:
         return _SoftCrossEntropy.apply(full_precision(logits), full_precision(target.detach()), temperature, mass)
 
 
-def across_views(targets: Tensor, logits: Tensor, temperature: float) -> Tensor:
+def across_views(targets: Tensor, logits: Tensor, temperature: float, local_weight: float = 1.0) -> Tensor:
     """Mean cross-entropy over all pairs of a teacher's view and another view of the student (arXiv 2104.14294, eq. 3).
 
     Args:
         targets: [T, B, K] probabilities of the T teacher views.
         logits: [S, B, K], S >= T; the first T views are the teacher's, and view i never meets target i.
         temperature: of the student.
+        local_weight: factor of the student's other, local views, whose pairs are counted as before (DINOv3: 0.5).
 
     Returns:
         The mean over T * (S - 1) pairs and B images, every pair with equal weight.
@@ -48,7 +49,8 @@ def across_views(targets: Tensor, logits: Tensor, temperature: float) -> Tensor:
         met = teachers - (view < teachers)
         if met:
             target = total - targets[view] if view < teachers else total
-            terms.append(soft_cross_entropy(target, own_logits, temperature, mass=met).mean())
+            term = soft_cross_entropy(target, own_logits, temperature, mass=met).mean()
+            terms.append(term if view < teachers else term * local_weight)
     return torch.stack(terms).sum() / (teachers * (views - 1))
 
 

@@ -27,18 +27,23 @@ _SIZED = 1000  # so many file sizes go into the fingerprint: a stat of each of 1
 class Files(Images):
     """A fixed list of image files.
 
+    Args:
+        paths: where they are.
+        keys: what identifies them, wherever the folder was moved to.
+        labels: integers or class names, if there are any.
+
     The names are packed into one array: a list of 1e7 strings would be copied into every forked worker, page by
     page, by the reference counts that reading changes.
     """
 
-    def __init__(self, paths: Sequence[str], labels: Sequence[Any] | None, root: str, sentence: str) -> None:
+    def __init__(self, paths: Sequence[str], keys: Sequence[str], labels: Sequence[Any] | None, sentence: str) -> None:
         names = [os.fsencode(path) for path in paths]
         self._names = np.frombuffer(b"".join(names), dtype=np.uint8)
         self._ends = np.cumsum([0, *(len(name) for name in names)])
         if labels is not None:
             self.labels, self.class_names = as_labels(labels)
         self._sentence = sentence
-        self.fingerprint = _fingerprint(paths, root)
+        self.fingerprint = _fingerprint(paths, keys)
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -59,6 +64,7 @@ class Files(Images):
 def open_folders(folders: Sequence[Path], split: str) -> Files:
     """One folder or several, with everything below them."""
     paths: list[str] = []
+    keys: list[str] = []
     classes: list[str] | None = []
     ignored = inside = 0
     shown = ", ".join(printable(str(folder)) for folder in folders)
@@ -69,7 +75,9 @@ def open_folders(folders: Sequence[Path], split: str) -> Files:
             raise ValueError(
                 f"no images in {printable(str(folder))} ({scan.ignored} other files): expected {' '.join(EXTENSIONS)}"
             )
-        found = [_class_of(path, scan.root) for path in scan.images]
+        inner = [path[len(scan.root) :].lstrip(os.sep) for path in scan.images]
+        keys += inner
+        found = [path.split(os.sep, 1)[0] if os.sep in path else None for path in inner]
         classes = None if classes is None or None in found else classes + [name for name in found if name is not None]
         paths += scan.images
         ignored, inside = ignored + scan.ignored, inside + scan.folders
@@ -79,12 +87,12 @@ def open_folders(folders: Sequence[Path], split: str) -> Files:
     sentence += f", {len(set(classes))} classes)" if classes else ")"
     if ignored:
         sentence += f", {ignored:,} other file{'s' * (ignored != 1)} ignored"
-    return Files(paths, classes, os.path.commonpath([os.path.abspath(f) for f in folders]), sentence)
+    return Files(paths, keys, classes, sentence)
 
 
 def open_list(file: Path) -> Files:
     """A text file with one path a line, relative to the file's folder, optionally followed by a tab and a label."""
-    lines = [line for line in os.fsdecode(file.read_bytes()).splitlines() if line.strip()]
+    lines = [line for line in os.fsdecode(file.read_bytes()).split("\n") if line.strip()]
     rows = [line.split("\t") for line in lines]
     if not rows:
         raise ValueError(f"{printable(str(file))} is empty: write one image path a line, optionally a tab and a label")
@@ -92,14 +100,14 @@ def open_list(file: Path) -> Files:
     if wrong is not None:
         raise ValueError(f"{printable(str(file))}: line {wrong + 1} is not 'path' or 'path<tab>label' like line 1")
     paths = [os.path.join(file.parent, row[0].strip()) for row in rows]
-    missing = next((path for path in paths if not os.path.exists(path)), None)
+    missing = next((path for path in paths if not os.path.isfile(path)), None)
     if missing is not None:
-        raise ValueError(f"{printable(str(file))} lists {printable(missing)}, which does not exist")
+        raise ValueError(f"{printable(str(file))} lists {printable(missing)}, which is no file")
     labels: list[Any] | None = [row[1].strip() for row in rows] if len(rows[0]) == 2 else None
     if labels and all(label.lstrip("-").isdigit() for label in labels):
         labels = [int(label) for label in labels]
     sentence = f"{len(paths):,} images listed in {printable(str(file))}{', with labels' if labels else ''}"
-    return Files(paths, labels, os.path.abspath(file.parent), sentence)
+    return Files(paths, [row[0] for row in rows], labels, sentence)
 
 
 class _Scan:
@@ -175,15 +183,10 @@ def _pick_split(folder: Path, split: str) -> str:
     return str(folder)
 
 
-def _class_of(path: str, root: str) -> str | None:
-    parts = os.path.relpath(path, root).split(os.sep)
-    return parts[0] if len(parts) > 1 else None
-
-
-def _fingerprint(paths: Sequence[str], root: str) -> str:
+def _fingerprint(paths: Sequence[str], keys: Sequence[str]) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    for path in paths:
-        digest.update(os.fsencode(os.path.relpath(path, root)) + b"\0")
+    for name in keys:
+        digest.update(os.fsencode(name) + b"\0")
     for path in paths[:: max(1, len(paths) // _SIZED)]:
         try:
             digest.update(f"{os.stat(path).st_size} ".encode())

@@ -71,6 +71,8 @@ def open_probe(data: DataSettings, source: Source | None = None) -> ProbeSources
     probe = data.probe
     assert probe is not None, "the recipe has no data.probe"
     columns = {"image": probe.image, "label": probe.label}
+    if probe.source is None and data.streaming:
+        raise ValueError("data.streaming gives no fixed labelled images: set data.probe.source")
     if probe.source is not None:
         named, options = probe.source, columns
         train = open_named(named, split=probe.split, **options)

@@ -114,6 +114,12 @@ class Loader:
         self.broken: dict[int, Broken] = {}
         """images that could not be read, by number"""
 
+    def preview(self, images: int) -> Batch:
+        """The first `images` of the run's first micro-batch, built in this process: to look at."""
+        micro = next(iter(self._order(self.samples.source, 0)))
+        items = None if micro.items is None else micro.items[:images]
+        return self.samples.build(micro._replace(ids=micro.ids[:images], items=items))[0]
+
     def iterate(self, step: int = 0) -> Iterator[Batch]:
         """`accumulation` micro-batches for every optimizer step from `step` on, without end.
 

@@ -107,7 +107,9 @@ def cut(image: Tensor, box: Box, size: tuple[int, int], interpolation: str) -> T
         crop = F.interpolate(crop, size=size, mode=interpolation, antialias=True)
     flips = [axis for axis, flip in ((-1, box.hflip), (-2, box.vflip)) if flip]
     crop = crop.flip(flips) if flips else crop
-    return crop[0].rot90(box.turns, (-2, -1)).contiguous()  # exact: an interpolated turn leaves traces that a net reads
+    if box.turns:  # exact: an interpolated turn leaves traces that a net reads
+        crop = crop.rot90(box.turns, (-2, -1))
+    return crop[0].contiguous()
 
 
 def _random_box(view: ViewSettings, height: int, width: int, rng: Random) -> Box:

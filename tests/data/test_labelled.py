@@ -70,6 +70,11 @@ def test_probe_with_its_own_sources_numbers_classes_alike(tmp_path: Path) -> Non
     assert opened.test.read(0)[1] == 1
 
 
+def test_probe_of_a_stream_needs_its_own_source() -> None:
+    with pytest.raises(ValueError, match="set data.probe.source"):
+        open_probe(DataSettings(source="somewhere", streaming=True, probe=ProbeSettings()))
+
+
 def test_probe_without_labels_is_refused(tmp_path: Path) -> None:
     data = DataSettings(source=write(tmp_path, ["0.png", "1.png"]), probe=ProbeSettings())
     with pytest.raises(ValueError, match="data.probe needs labels.*set data.probe.source"):

@@ -75,6 +75,11 @@ def test_batch_has_everything_in_its_place(source: Images) -> None:
         assert torch.equal(batch.hidden[name], mask.flatten().nonzero().squeeze(1))
 
 
+def test_preview_is_the_beginning_of_the_first_batch(source: Images) -> None:
+    few, whole = load(source, workers=1).preview(3), take(load(source), 1)[0]
+    assert torch.equal(few.views["global"].unflatten(0, (-1, 3)), whole.views["global"].unflatten(0, (-1, 16))[:, :3])
+
+
 def test_rows_are_view_major(source: Images) -> None:
     loader = load(source)
     batch = take(loader, 1)[0]

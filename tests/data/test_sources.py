@@ -326,7 +326,7 @@ def test_wrong_lists_and_files_are_named(tmp_path: Path) -> None:
     for text, message in (
         ("", "is empty"),
         ("0.png\n0.png\tcat\n", "line 2"),
-        ("1.png\n", "1.png, which does not exist"),
+        ("1.png\n", "1.png, which is no file"),
     ):
         (tmp_path / "list.txt").write_text(text)
         with pytest.raises(ValueError, match=message):

@@ -36,6 +36,7 @@ from .data.loader import Broken, Loader
 from .data.sources import open_source
 from .data.stats import resolve_mean_std
 from .engine import StopSignal, hardware, launch, moved, read_state, total, write_state
+from .gallery import IMAGES, draw_curves, draw_reconstructions, draw_views
 from .monitor.collapse import CollapseWatch, FiniteGuard
 from .monitor.log import RunLog
 from .monitor.meter import Means, Meter
@@ -194,6 +195,8 @@ class Run:
         if start:
             self.say(f"continuing at step {start} of {self.total}")
         else:
+            if self.main:
+                draw_views(self.recipe, self.pretrainer, self.loader.preview(IMAGES), self.out)
             self._probe(0)
         batches = moved(self.loader.iterate(start), self.device)
         try:
@@ -293,7 +296,8 @@ class Run:
         results = self.outcome.probe(self.pretrainer, say=self.say, step=done)
         if not results:
             return False
-        self.log.record(done, {f"{net}/{name}": x for net, numbers in results.items() for name, x in numbers.items()})
+        raw = {"raw_pixels/knn": self.outcome.numbers["raw pixels"]} if "raw pixels" in self.outcome.numbers else {}
+        self.log.record(done, raw | {f"{net}/{name}": x for net, numbers in results.items() for name, x in numbers.items()})
         now = Progress(done, self.total, self.steps_per_epoch)
         verdicts = self.watch.look(now, results, self.latest)
         for verdict in verdicts:
@@ -330,6 +334,7 @@ class Run:
                 ok = False
             except storage.StorageError as error:
                 self.say(f"error: the checkpoint of step {done} was not written, training goes on: {error}")
+            draw_curves(self.out)
         self.accelerator.wait_for_everyone()
         return ok
 
@@ -358,6 +363,10 @@ class Run:
             self.say(f"stopped by {name} at step {done} of {self.total}; saved. Continue with --resume")
             return code
         self._probe(done)
+        if self.main:
+            draw_curves(self.out)
+            now = Progress(done, self.total, self.steps_per_epoch, self.recipe.run.seed)
+            draw_reconstructions(self.recipe, self.pretrainer, self.loader.preview(IMAGES), now, self.out)
         self._export(done, last=True)
         return DONE
 

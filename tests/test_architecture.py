@@ -16,7 +16,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 BASE = {"settings", "schedule", "plan"}  # words that every room speaks
 MODEL = BASE | {"nn", "encoder", "objectives"}
-RUN = {"assemble", "contract", "engine", "outcome"}  # the parts of train
+RUN = {"gallery", "assemble", "contract", "engine", "outcome"}  # the parts of train
 MAY_IMPORT: dict[str, set[str]] = {
     "settings": set(),
     "schedule": {"settings"},
@@ -36,6 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine": {"config", "plan", "nn"},
     "hub": MODEL | {"storage", "checkpoint", "config", "data"},
     "outcome": MODEL | {"pretrainer", "data", "monitor", "config", "engine", "hub"},
+    "gallery": MODEL | {"pretrainer", "data", "monitor", "config"},
     "train": MODEL | RUN | {"optim", "pretrainer", "data", "storage", "checkpoint", "monitor", "config", "hub"},
     "downstream": MODEL | {"optim", "data", "storage", "checkpoint", "monitor", "config", "hub"},
     "cli": {"config", "train", "hub", "downstream"},

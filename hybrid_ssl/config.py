@@ -10,16 +10,17 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from torch import nn
 
 from .data.settings import DataSettings, MaskSettings, ViewSettings
 from .monitor.settings import MonitorSettings
 from .objectives import objective_class
 from .optim import OptimizerSettings
-from .schedule import Duration, Ramp, Value
+from .schedule import Duration, Ramp, Value, within
 from .settings import EncoderSettings, Settings
 
 
@@ -30,7 +31,7 @@ class RecipeError(ValueError):
 class TeacherSettings(Settings):
     """The exponential moving average of the student; exists only if an objective asks for it."""
 
-    momentum: Value = Ramp(start=0.996, end=1.0, shape="cosine")
+    momentum: Annotated[Value, within(0, 1)] = Ramp(start=0.996, end=1.0, shape="cosine")
     offset: Literal[0, 1] = 0
     """which step's momentum moves the teacher after step t: t + offset. MoCo v3 moves its teacher before the key pass,
     which is the move after the step with the next step's momentum: 1. DINO, BYOL, iBOT: 0"""
@@ -58,13 +59,13 @@ class RunSettings(Settings):
     """images in one optimizer step, over all processes and micro-batches"""
     micro_batch: int | None = Field(None, ge=1)
     """images in one forward pass of one process; null: batch_size / processes. The rest is gradient accumulation"""
-    out: str
+    out: str = Field(min_length=1)
     """output folder"""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    workers: int = Field(2, ge=0)
+    workers: int = Field(2, ge=0, le=1024)
     """loader processes of each process"""
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(None, ge=1, le=4096)
     """CPU threads of each process; null: as torch decides"""
     checkpoint_every: Duration = "5%"
     keep: int = Field(2, ge=2)
@@ -74,6 +75,13 @@ class RunSettings(Settings):
     compile: bool = False
     """torch.compile of the encoder's blocks"""
     trackers: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = []
+
+    @field_validator("length")
+    @classmethod
+    def _no_share(cls, length: str) -> str:
+        if length.strip().endswith("%"):
+            raise ValueError(f"{length!r} is a share of what? Write '300 epochs' or '10000 steps'")
+        return length
 
 
 class Recipe(Settings):
@@ -205,6 +213,9 @@ def _apply(raw: dict[str, Any], override: str) -> None:
 
 def _objective_settings(label: str, entry: Any, problems: list[str]) -> Any:
     entry = {} if entry is None else entry
+    if not str(label).isidentifier() or hasattr(nn.ModuleDict, str(label)):
+        problems.append(f"objectives.{label}: a label is a word of letters, digits and _, none that torch uses itself")
+        return entry
     if not isinstance(entry, dict):
         problems.append(f"objectives.{label}: settings are a mapping, got {entry!r}; write {label}: {{weight: 1.0}}")
         return entry
@@ -227,26 +238,32 @@ _ALIASES = {
 }  # fmt: skip
 
 
+_MAPPINGS = {"model_type", "model_attributes_type", "dict_type"}
+
+
 def _sentences(error: ValidationError, model: type[BaseModel], data: Any) -> list[str]:
-    found = []
-    for problem in error.errors(include_url=False):
-        place = _place(problem["loc"], data, missing=problem["type"] == "missing")
-        path = ".".join(place)
-        if problem["type"] == "extra_forbidden":
-            found.append(f"{path}: unknown key{_nearest(place[-1], _fields_at(model, problem['loc'][:-1]))}")
-        elif problem["type"] == "missing":
-            found.append(f"{path}: has to be given")
-        elif problem["type"].startswith("union_tag"):
+    problems = error.errors(include_url=False)
+    places = [_place(problem["loc"], data, missing=problem["type"] == "missing") for problem in problems]
+    found: dict[str, str] = {}  # path -> sentence
+    wanted: dict[str, list[str]] = {}  # path -> what it should be: of a union every branch complains by itself
+    for problem, place in zip(problems, places, strict=True):
+        path, kind = ".".join(place), problem["type"]
+        if kind == "extra_forbidden":
+            found[path] = f"{path}: unknown key{_nearest(place[-1], _fields_at(model, problem['loc'][:-1]))}"
+        elif kind == "missing":
+            found[path] = f"{path}: has to be given"
+        elif kind.startswith("union_tag"):
             context = problem["ctx"]
             key = context["discriminator"].strip("'")
             allowed = context.get("expected_tags", "'random', 'block'")
-            found.append(f"{path}.{key}: {context.get('tag', 'nothing')!r} given, allowed are: {allowed}")
-        elif problem["type"] == "value_error":
-            found.append(f"{path + ': ' if path else ''}{problem['ctx']['error']}")
-        else:
-            message = problem["msg"].removeprefix("Input ").removeprefix("should ")
-            found.append(f"{path}: should {message}, got {problem['input']!r}")
-    return found
+            found[path] = f"{path}.{key}: {context.get('tag', 'nothing')!r} given, allowed are: {allowed}"
+        elif kind == "value_error":
+            found[path] = f"{path + ': ' if path else ''}{problem['ctx']['error']}"
+        elif not any(len(other) > len(place) and other[: len(place)] == place for other in places):
+            message = problem["msg"].removeprefix("Input should ").replace("be a valid ", "be a ")
+            wanted.setdefault(path, []).append("be a mapping" if kind in _MAPPINGS else message)
+            found[path] = f"{path}: should {' or '.join(wanted[path])}, got {problem['input']!r}"
+    return list(found.values())
 
 
 def _place(loc: tuple[Any, ...], data: Any, missing: bool) -> list[str]:

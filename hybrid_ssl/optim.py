@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from .objectives.base import ParamRule
-from .schedule import Duration, Progress, Value, to_steps, value_at
+from .schedule import Duration, Progress, Value, to_steps, value_at, within
 from .settings import Settings
 
 
@@ -44,17 +44,20 @@ class OptimizerSettings(Settings):
     """`after`: the step after the warm-up is the first at full rate (MAE); `at`: the warm-up's last step is (DINO)"""
     min_lr: float = Field(0.0, ge=0)
     """absolute learning rate at the end"""
+    cosine_from: Literal["warmup", "start"] = "warmup"
+    """where the cosine begins: at the end of the warm-up (MAE, MoCo v3, DINO), or at the start of the run with the
+    warm-up laid over it, so that it never reaches the full rate (SimMIM and Swin, through timm's default)"""
     milestones: list[Duration] = []
     """`step` schedule: where lr is multiplied by `gamma`"""
     gamma: float = Field(0.1, gt=0, le=1)
-    weight_decay: Value = 0.05
+    weight_decay: Annotated[Value, within(0, 10)] = 0.05
     no_decay: Literal["norm_bias", "norm_bias_tokens", "none"] = "norm_bias"
     """which parameters are spared: `norm_bias`: 1-D ones (MAE, DINO, iBOT: tokens and positions are decayed);
     `norm_bias_tokens`: also class / mask / register tokens, positions, Swin's bias tables (SimMIM on Swin, CMAE);
     `none`: no parameter is (MoCo v3)"""
     layer_decay: float | None = Field(None, gt=0, le=1)
     """lr of encoder layer i is multiplied by layer_decay ** (layers + 1 - i)"""
-    betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2)
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.999], min_length=2, max_length=2)
     eps: float = Field(1e-8, gt=0)
     momentum: float = Field(0.9, ge=0, lt=1)
     """SGD and LARS"""
@@ -85,7 +88,8 @@ def lr_at(cfg: OptimizerSettings, peak: float, now: Progress) -> float:
     if cfg.schedule == "step":
         passed = sum(now.step >= to_steps(m, now.total_steps, now.steps_per_epoch) for m in cfg.milestones)
         return float(peak * cfg.gamma**passed)
-    done = (now.step - warmup) / max(1.0, now.total_steps - warmup)
+    begin = warmup if cfg.cosine_from == "warmup" else 0.0
+    done = (now.step - begin) / max(1.0, now.total_steps - begin)
     return cfg.min_lr + (peak - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
@@ -140,7 +144,7 @@ def build_optimizer(cfg: OptimizerSettings, groups: list[dict[str, Any]]) -> tor
             groups, lr=0.0, betas=(cfg.betas[0], cfg.betas[1]), eps=cfg.eps, weight_decay=0.0, fused=True
         )
     if cfg.name == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=cfg.momentum, weight_decay=0.0, fused=True)
+        return Sgd(groups, lr=0.0, momentum=cfg.momentum, weight_decay=0.0, fused=True)
     return Lars(groups, momentum=cfg.momentum, trust=cfg.trust)
 
 
@@ -185,6 +189,18 @@ def clip_gradients(cfg: ClipSettings | None, modules: Sequence[Sequence[nn.Param
     return total
 
 
+class Sgd(torch.optim.SGD):
+    """torch's, with a momentum that begins as zeros: fused, it is left uninitialised when the first step is skipped."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if group["momentum"] and parameter.grad is not None and not self.state[parameter]:
+                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return super().step(closure)
+
+
 class Lars(torch.optim.Optimizer):
     """Layer-wise adaptive SGD (arXiv:1708.03888), in the form of MoCo v3, Barlow Twins and VICReg.
 
@@ -198,9 +214,8 @@ class Lars(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         loss = None if closure is None else torch.enable_grad()(closure)()
-        skip: Tensor | None = getattr(
-            self, "found_inf", None
-        )  # as in torch's fused optimizers: 1.0 leaves all as it is
+        # as in torch's fused optimizers: 1.0 leaves everything as it is
+        skip: Tensor | None = getattr(self, "found_inf", None)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -210,7 +225,7 @@ class Lars(torch.optim.Optimizer):
     def _update(self, parameter: Tensor, group: dict[str, Any], skip: Tensor | None) -> None:
         direction = parameter.grad
         assert direction is not None
-        if group["decay"] is None:  # adapted; `decay` 0.0 marks the spared ones
+        if group["decay"] != 0.0:  # 0.0 marks the spared ones
             direction = direction.add(parameter, alpha=group["weight_decay"])
             norm, size = direction.norm(), parameter.norm()
             scale = torch.where((norm > 0) & (size > 0), group["trust"] * size / norm, torch.ones_like(norm))
@@ -220,10 +235,9 @@ class Lars(torch.optim.Optimizer):
             state["momentum_buffer"] = torch.zeros_like(parameter)
         buffer = state["momentum_buffer"]
         moved = buffer * group["momentum"] + direction
-        if skip is not None:
-            moved = torch.where(skip.to(torch.bool), buffer, moved)
-            group_lr = group["lr"] * (1.0 - skip)
-            parameter.sub_(moved * group_lr)
-        else:
-            parameter.sub_(moved, alpha=group["lr"])
+        change = moved * group["lr"]
+        if skip is not None:  # `where`, no product: 0 x NaN is NaN
+            moved = torch.where(skip > 0, buffer, moved)
+            change = torch.where(skip > 0, 0.0, change)
+        parameter.sub_(change)
         buffer.copy_(moved)

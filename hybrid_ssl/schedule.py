@@ -18,9 +18,15 @@ from .settings import Settings
 _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?(?:[eE][+]?\d+)?)\s*(epochs?|steps?|%)\s*")
 
 
+_LONGEST = 1e9  # of any unit; what is longer is a typing error
+
+
 def _check_duration(text: str) -> str:
-    if not _DURATION.fullmatch(text):
+    match = _DURATION.fullmatch(text)
+    if not match:
         raise ValueError(f"{text!r} is no duration: write '40 epochs', '10000 steps' or '5%'")
+    if float(match[1]) > _LONGEST:
+        raise ValueError(f"{text!r} is too long for a duration: at most {_LONGEST:g} epochs, steps or percent")
     return text
 
 
@@ -86,6 +92,18 @@ class Ramp(Settings):
 
 Value = Annotated[float | Ramp, Field(union_mode="left_to_right")]
 """A number, or a `Ramp`."""
+
+
+def within(low: float, high: float) -> AfterValidator:
+    """A limit for a `Value`, as in `Annotated[Value, within(0, 1)]`: a ramp keeps it at both ends."""
+
+    def check(value: float | Ramp) -> float | Ramp:
+        for end in (value.start, value.end) if isinstance(value, Ramp) else (value,):
+            if not low <= end <= high:
+                raise ValueError(f"should be from {low:g} to {high:g}, got {end:g}")
+        return value
+
+    return AfterValidator(check)
 
 
 def value_at(value: Any, now: Progress) -> float:

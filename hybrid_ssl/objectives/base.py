@@ -91,3 +91,12 @@ def crops_of(encoder: EncoderSpec, view: str) -> int:
 def number_crops(rows: Tensor, crops: int) -> Tensor:
     """For rows of V stacked crops [V*B, ...], the number 0 .. V-1 of each one's crop: int64 [V*B]."""
     return torch.arange(crops, device=rows.device).repeat_interleave(len(rows) // crops)
+
+
+def check_two_crops(encoder: EncoderSpec, view: str, name: str) -> None:
+    """ValueError unless `view` has the two crops that objective `name` compares."""
+    if crops_of(encoder, view) != 2:
+        raise ValueError(
+            f"{name} compares the two crops of a view, but {view!r} has {encoder.crops[view]}: "
+            f"set views.{view}.crops to 2"
+        )

@@ -137,8 +137,9 @@ class Encoder(nn.Module):
     def layer_ids(self) -> tuple[dict[str, int], int]:
         """Parameter name -> layer for layer-wise lr decay (0 stem, b + 1 block b, last the norm), and the last id."""
         ids: dict[str, int] = group_parameters(self.model, self.model.group_matcher(coarse=False), reverse=True)
-        last = max(ids.values(), default=0)
-        named = {f"model.{name}": layer for name, layer in ids.items()}
+        last = max(ids.values(), default=0) + 1  # of the norm, and of heads behind it: the full rate
+        norms = ("norm.", "fc_norm.")  # timm counts them to the last block
+        named = {f"model.{name}": last if name.startswith(norms) else layer for name, layer in ids.items()}
         return named | {"mask_token": 0}, last
 
     def _token_dim(self) -> int:

@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .config import Recipe
 from .data.masks import hidden_count
-from .encoder import Encoder, build_encoder
+from .encoder import Encoder, build_encoder, load_frozen
+from .frozen import Frozen
 from .objectives import objective_class
 from .objectives.base import Objective
 from .optim import param_groups
@@ -76,9 +77,14 @@ def build_pretrainer(
     """Encoder and objectives of a recipe under one root; initial weights depend on `run.seed` alone."""
     torch.manual_seed(recipe.run.seed)
     sizes = {name: view.height_width for name, view in recipe.views.items()}
-    encoder = build_encoder(recipe.encoder, in_chans=recipe.data.channels, sizes=sizes)
-    spec = encoder.spec(sizes, {name: view.crops for name, view in recipe.views.items()})
-    spec = dataclasses.replace(spec, made={name: view.made for name, view in recipe.views.items()})
+    encoder = build_encoder(recipe.encoder, in_chans=recipe.data.channels, sizes=sizes, native=recipe.native_size)
+    crops = {name: view.crops for name, view in recipe.views.items()}
+    frozen = build_frozen(recipe, encoder, mean, std)
+    spec = dataclasses.replace(
+        encoder.spec(sizes, crops),
+        made={name: view.made for name, view in recipe.views.items()},
+        frozen={name: _spec_where_it_fits(other.encoder, sizes, crops) for name, other in frozen.items()},
+    )
     objectives = build_objectives(recipe, spec)
     plan = union(need for objective in objectives.values() for need in objective.needs)
     check_masks(recipe, plan)
@@ -93,10 +99,35 @@ def build_pretrainer(
         visible=_visible(recipe, spec),
         mean=mean,
         std=std,
+        frozen=frozen,
         rank=rank,
         world=layout.world,
         batch_size=recipe.run.batch_size,
     )
+
+
+def build_frozen(recipe: Recipe, student: Encoder, mean: list[float], std: list[float]) -> dict[str, Frozen]:
+    """Name -> frozen encoder; copies hold the initial weights until their first update."""
+    built = {}
+    for name, cfg in recipe.frozen.items():
+        if cfg.weights is None:
+            built[name] = Frozen(copy.deepcopy(student), cfg, mean, std)
+            continue
+        try:
+            with torch.random.fork_rng(devices=[]):  # the objectives' initial weights do not depend on it
+                encoder = load_frozen(cfg.weights, in_chans=recipe.data.channels, size=recipe.native_size)
+        except ValueError as error:
+            raise ValueError(f"frozen.{name}: {error}") from error
+        built[name] = Frozen(encoder, cfg, mean, std, own=encoder.mean_std)
+    return built
+
+
+def _spec_where_it_fits(
+    encoder: Encoder, sizes: dict[str, tuple[int, int]], crops: dict[str, int]
+) -> EncoderSpec:
+    """A frozen encoder sees few views: others need not fit its patches."""
+    fit = {view: size for view, size in sizes.items() if not any(side % encoder.stride for side in size)}
+    return encoder.spec(fit, crops)
 
 
 def build_objectives(recipe: Recipe, spec: EncoderSpec) -> dict[str, Objective]:
@@ -138,8 +169,9 @@ def _visible(recipe: Recipe, spec: EncoderSpec) -> dict[str, int]:
 
 
 def used_views(recipe: Recipe, pretrainer: Pretrainer) -> tuple[list[str], list[str]]:
-    """Names of views and masks that some pass reads; the loader makes no others."""
-    views = {need.view for need in pretrainer.plan}
+    """Names of views and masks that some pass reads, and of the views whose crops those copy; no others are made."""
+    views = {need.view for need in pretrainer.plan} | {v for part in pretrainer.parts.values() for v in part.reads}
+    views |= {base for view in views if (base := recipe.views[view].like)}
     masks = {need.mask for need in pretrainer.plan if need.mask}
     return [v for v in recipe.views if v in views], [m for m in recipe.masks if m in masks]
 
@@ -165,7 +197,7 @@ def describe_plan(pretrainer: Pretrainer) -> list[str]:
     lines = [f"plan: {len(pretrainer.plan)} encoder passes for {len(requested)} requested"]
     for need, cost in costs.items():
         hidden = pretrainer.visible.get(need.mask) if need.drop and need.mask else None
-        tokens = hidden if hidden is not None else pretrainer.spec.tokens(need.view)
+        tokens = hidden if hidden is not None else pretrainer.spec.of(need.net).tokens(need.view)
         crops = pretrainer.spec.crops[need.view]
         lines.append(f"  {need!s:<40} {crops} x {tokens} tokens  {cost / 1e9:8.2f} GFLOP an image")
     total, asked = sum(costs.values()), sum(costs[need] for need in requested)
@@ -177,7 +209,7 @@ def describe_plan(pretrainer: Pretrainer) -> list[str]:
 def _cost(pretrainer: Pretrainer, need: Forward) -> float:
     """FLOPs of one image in one pass, backward included (twice the forward), counted on meta tensors."""
     encoder: Encoder = copy.deepcopy(pretrainer.encoder(need.net)).to("meta")
-    crops, spec = pretrainer.spec.crops[need.view], pretrainer.spec
+    crops, spec = pretrainer.spec.crops[need.view], pretrainer.spec.of(need.net)
     rows, columns = spec.grids[need.view]
     images = torch.empty(crops, spec.in_chans, rows * spec.stride, columns * spec.stride, device="meta")
     mask = torch.empty(crops, rows * columns, dtype=torch.bool, device="meta") if need.mask else None

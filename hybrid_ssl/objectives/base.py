@@ -11,7 +11,7 @@ from pydantic import AfterValidator
 from torch import Tensor, nn
 
 from ..plan import Batch, EncoderSpec, Forward, Progress, Tokens
-from ..schedule import Duration, Ramp, Value
+from ..schedule import Duration, Ramp, Value, within
 from ..settings import Settings
 
 
@@ -20,7 +20,7 @@ class ObjectiveSettings(Settings):
 
     name: str
     """a name of `hybrid_ssl.objectives.OBJECTIVES`, or `my_package.my_module:MyObjective`"""
-    weight: Value = 1.0
+    weight: Annotated[Value, within(0, 1e6)] = 1.0
     """factor of this objective's loss in the sum; a number or a ramp"""
 
 
@@ -55,10 +55,12 @@ class ParamRule:
 
 
 class Objective(nn.Module):
-    """Base class. A subclass sets `Config` and, in `__init__`, `needs`; both stay constant afterwards."""
+    """Base class. A subclass sets `Config` and, in `__init__`, `needs` (and `reads`); they stay constant afterwards."""
 
     Config: ClassVar[type[ObjectiveSettings]]
     needs: tuple[Forward, ...]
+    reads: tuple[str, ...] = ()
+    """views that the loss reads although no encoder pass does, e.g. a reconstruction's target"""
     compares_views: ClassVar[bool] = True
     """whether features of views are compared, so that they can collapse; False for pure reconstruction"""
 

@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from torch import nn
 
 from .data.settings import DataSettings, MaskSettings, ViewSettings
+from .frozen import FrozenSettings
 from .monitor.settings import MonitorSettings
 from .objectives import objective_class
 from .optim import OptimizerSettings
@@ -95,6 +96,8 @@ class Recipe(Settings):
     objectives: dict[str, Any] = Field(min_length=1)
     """label -> settings; `name` picks the objective and defaults to the label"""
     teacher: TeacherSettings = TeacherSettings()
+    frozen: dict[str, FrozenSettings] = {}
+    """name -> an encoder that is not trained, for objectives that ask for it"""
     optimizer: OptimizerSettings
     monitor: MonitorSettings = MonitorSettings()
     export: ExportSettings = ExportSettings()
@@ -105,6 +108,20 @@ class Recipe(Settings):
             if mask.view not in self.views:
                 raise ValueError(f"mask {name!r} is for view {mask.view!r}; views are: {', '.join(self.views)}")
         return self
+
+    @field_validator("frozen")
+    @classmethod
+    def _names_are_free(cls, frozen: dict[str, FrozenSettings]) -> dict[str, FrozenSettings]:
+        for name in frozen:
+            if name in ("student", "teacher") or not name.isidentifier() or hasattr(nn.ModuleDict, name):
+                raise ValueError(f"{name!r} cannot name a frozen encoder: choose another word, e.g. gram, start, large")
+        return frozen
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        """The encoder's image size: of the largest view that is no picture `like` another one's."""
+        sizes = [view.height_width for view in self.views.values() if view.like is None]
+        return max(sizes or [view.height_width for view in self.views.values()], key=lambda size: size[0] * size[1])
 
     @property
     def used_names(self) -> dict[str, str]:
@@ -260,7 +277,8 @@ def _sentences(error: ValidationError, model: type[BaseModel], data: Any) -> lis
         elif kind == "value_error":
             found[path] = f"{path + ': ' if path else ''}{problem['ctx']['error']}"
         elif not any(len(other) > len(place) and other[: len(place)] == place for other in places):
-            message = problem["msg"].removeprefix("Input should ").replace("be a valid ", "be a ")
+            message = problem["msg"].split(" should ", 1)[-1].replace("a valid integer", "an integer")
+            message = message.replace("a valid ", "a ")
             wanted.setdefault(path, []).append("be a mapping" if kind in _MAPPINGS else message)
             found[path] = f"{path}: should {' or '.join(wanted[path])}, got {problem['input']!r}"
     return list(found.values())

@@ -14,7 +14,9 @@ from .mae import MAE
 from .maskfeat import MaskFeat
 from .moco_v3 import MoCoV3
 from .rotation import Rotation
+from .simclr import SimCLR
 from .simmim import SimMIM
+from .supcon import SupCon
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "mae": MAE,
@@ -26,6 +28,8 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "maskfeat": MaskFeat,
     "rotation": Rotation,
     "jigsaw": Jigsaw,
+    "simclr": SimCLR,
+    "supcon": SupCon,
 }
 
 

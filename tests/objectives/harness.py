@@ -11,6 +11,7 @@ No encoder takes part: tokens are random leaves, view-major like the real ones. 
 """
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -201,3 +202,43 @@ def check_half_precision(name: str, settings: Settings, rtol: float = 0.02, spec
             assert loss.dtype == torch.float32
             torch.testing.assert_close(loss, expected, rtol=rtol, atol=0)
             assert all(p.grad is None or p.grad.isfinite().all() for p in objective.parameters())
+
+
+def overfit(name: str, settings: Settings, steps: int = 60, lr: float = 1e-2) -> list[float]:
+    """Losses of training the heads and a linear encoder on the same eight images, with a teacher that follows.
+
+    The crops of an image share most of their values. Features may not become one on the way.
+    """
+    objective = build(name, settings)
+    inputs, batch = make_inputs(objective.needs, images=8)
+    draw = torch.Generator().manual_seed(1)
+    content = torch.randn(8, SPEC.dim, generator=draw, dtype=torch.float64)
+    pixels = {need: [_near(content, x.detach()) for x in both[:2]] for need, both in inputs.items()}
+    student = torch.nn.Linear(SPEC.dim, SPEC.dim).double()
+    teacher = deepcopy(student)
+    pairs = [(teacher, student), *objective.ema_pairs()]
+    trained = [p for p in [*student.parameters(), *objective.parameters()] if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr)
+    losses = []
+    for step in range(steps):
+        tokens = {
+            need: Tokens(*((student if need.net == "student" else teacher)(x) for x in both))
+            for need, both in pixels.items()
+        }
+        loss = objective.loss(tokens, batch, now(step))["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            for slow, fast in pairs:
+                for a, b in zip(slow.parameters(), fast.parameters(), strict=True):
+                    a.lerp_(b, 0.1)
+        losses.append(loss.item())
+    assert student(content).std(dim=0).mean() > 0.1, "all images got the same feature"
+    return losses
+
+
+def _near(content: Tensor, noise: Tensor) -> Tensor:
+    """[V*8, ..., D] noise, view-major -> the image's content with a third of noise."""
+    images = content.repeat(len(noise) // len(content), 1)
+    return (images if noise.ndim == 2 else images.unsqueeze(1)) + noise / 3

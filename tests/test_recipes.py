@@ -45,8 +45,9 @@ SMALL_HEADS = {
     "maskfeat": [],
     "rotation": [],
     "jigsaw": ["hidden=32"],
+    "cutpaste": ["hidden=32", "bottleneck=16"],
 }
-SMALL_SIDE = {28: 28, 96: 32, 192: 64, 224: 64}
+SMALL_SIDE = {28: 28, 96: 32, 192: 64, 224: 64, 256: 64}
 
 
 def reduced(path: Path) -> Recipe:

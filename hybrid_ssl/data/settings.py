@@ -111,11 +111,18 @@ class ViewSettings(Settings):
     """another view whose boxes and flips are used, at this view's size (a tokenizer's smaller picture)"""
     turns: bool = False
     """all crops are one square, crop k turned by k x 90 degrees (rotation)"""
+    cutpaste: list[Literal["none", "patch", "scar"]] | None = None
+    """all crops have one box, and crop k gets the k-th defect planted; see `cutpaste.py`"""
+
+    @property
+    def one_box(self) -> bool:
+        """Whether all crops show the same part of the image."""
+        return self.turns or self.cutpaste is not None
 
     @property
     def made(self) -> frozenset[str]:
         """What is done to the crops that an objective may rely on, in the words of the settings."""
-        made = {"turns": self.turns}
+        made = {"turns": self.turns, "cutpaste": self.cutpaste}
         return frozenset(name for name, done in made.items() if done)
 
     @property
@@ -139,6 +146,8 @@ class ViewSettings(Settings):
                 f"turns: true makes up to 4 crops of a square, without vflip (a flip and a half turn look alike); got "
                 f"crops {self.crops}, size {self.size}, vflip {self.vflip}"
             )
+        if self.cutpaste is not None and (len(set(self.cutpaste)) != self.crops or len(self.cutpaste) != self.crops):
+            raise ValueError(f"cutpaste names a different defect for each of {self.crops} crops, got {self.cutpaste}")
         per_crop = {"gray": self.gray, "blur": self.blur, "solarize": self.solarize}
         if self.jitter:
             per_crop["jitter.p"] = self.jitter.p

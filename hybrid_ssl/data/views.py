@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .colour import apply_colour, draw_colour, has_colour
+from .cutpaste import plant
 from .order import keyed
 from .settings import ViewSettings
 
@@ -69,6 +70,9 @@ class Views:
             if name in self._coloured:
                 rng = keyed(seed, epoch, sample_id, f"{base}/colour")
                 crops = [self._colour(crop, view, number, rng) for number, crop in enumerate(crops)]
+            if view.cutpaste:
+                rng = keyed(seed, epoch, sample_id, f"{base}/defect")
+                crops = [plant(kind, crop, rng, self.jitter) for kind, crop in zip(view.cutpaste, crops, strict=True)]
             out[name] = torch.stack(crops)
         return out
 
@@ -80,8 +84,8 @@ def draw_boxes(view: ViewSettings, height: int, width: int, rng: Random) -> list
     """The boxes of a view's crops in an image of `height` x `width`."""
     boxes: list[Box] = []
     for number in range(view.crops):
-        if view.turns and boxes:
-            boxes.append(boxes[0]._replace(turns=number))
+        if view.one_box and boxes:
+            boxes.append(boxes[0]._replace(turns=number * view.turns))
             continue
         if view.crop == "center":
             box = center_box(height, width, view.height_width)

@@ -5,18 +5,28 @@ from __future__ import annotations
 import difflib
 import importlib
 
+from .barlow_twins import BarlowTwins
 from .base import Objective
+from .byol import BYOL
+from .cutpaste import CutPaste
+from .data2vec import Data2Vec
 from .dino import DINO
 from .dinov2 import DINOv2
+from .gram import Gram
 from .ibot import IBOT
 from .jigsaw import Jigsaw
 from .mae import MAE
 from .maskfeat import MaskFeat
+from .moco_v1 import MoCoV1
+from .moco_v2 import MoCoV2
 from .moco_v3 import MoCoV3
 from .rotation import Rotation
 from .simclr import SimCLR
 from .simmim import SimMIM
+from .simsiam import SimSiam
 from .supcon import SupCon
+from .swav import SwAV
+from .vicreg import VICReg
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "mae": MAE,
@@ -25,11 +35,21 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "dino": DINO,
     "ibot": IBOT,
     "dinov2": DINOv2,
+    "gram": Gram,
     "maskfeat": MaskFeat,
+    "data2vec": Data2Vec,
     "rotation": Rotation,
     "jigsaw": Jigsaw,
+    "cutpaste": CutPaste,
     "simclr": SimCLR,
     "supcon": SupCon,
+    "moco_v1": MoCoV1,
+    "moco_v2": MoCoV2,
+    "byol": BYOL,
+    "simsiam": SimSiam,
+    "barlow_twins": BarlowTwins,
+    "vicreg": VICReg,
+    "swav": SwAV,
 }
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import timm
@@ -69,6 +70,7 @@ class Encoder(nn.Module):
         *,
         visible: int | None = None,
         positions: bool = True,
+        layers: int = 0,
         noise: Tensor | None = None,
     ) -> Tokens:
         """Encode crops.
@@ -79,6 +81,7 @@ class Encoder(nn.Module):
             visible: given: hidden patches are dropped and this many are left in every row; None: the mask token
                 replaces them.
             positions: False: patches are embedded without their positions; needs `forgets_positions`.
+            layers: how many of the last blocks' outputs to return, at most `self.layers`.
             noise: [noise_rows, R] uniform in [0, 1) for stochastic depth; None switches it off.
         """
         if mask is not None:
@@ -100,6 +103,11 @@ class Encoder(nn.Module):
     def blocks(self) -> list[nn.Module]:
         """The residual blocks in order; empty for other families."""
         return []
+
+    @property
+    def layers(self) -> int:
+        """Blocks at the end whose outputs have the shape of the patches."""
+        return len(self.blocks())
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of output tokens; ValueError when the size does not fit."""
@@ -126,6 +134,7 @@ class Encoder(nn.Module):
             in_chans=self.in_chans,
             family=self.family,
             depth=len(self.blocks()),
+            layers=self.layers,
             grids=grids,
             crops=dict(crops),
         )
@@ -133,6 +142,14 @@ class Encoder(nn.Module):
     @property
     def in_chans(self) -> int:
         return next(m.in_channels for m in self.model.modules() if isinstance(m, nn.Conv2d))
+
+    @property
+    def mean_std(self) -> tuple[list[float], list[float]]:
+        """Per channel in 0..1, what the model's weights expect images to be normalised with."""
+        values = [list(self.model.pretrained_cfg[key]) for key in ("mean", "std")]
+        if len(values[0]) != self.in_chans:  # timm adapted the first layer to other channels
+            values = [[sum(each) / len(each)] * self.in_chans for each in values]
+        return values[0], values[1]
 
     def layer_ids(self) -> tuple[dict[str, int], int]:
         """Parameter name -> layer for layer-wise lr decay (0 stem, b + 1 block b, last the norm), and the last id."""
@@ -209,6 +226,7 @@ class VitEncoder(Encoder):
         *,
         visible: int | None = None,
         positions: bool = True,
+        layers: int = 0,
         noise: Tensor | None = None,
     ) -> Tokens:
         grid = (images.shape[-2] // self.stride, images.shape[-1] // self.stride)
@@ -227,11 +245,15 @@ class VitEncoder(Encoder):
             x, rope = self._positions(x, grid)
         x = self.model.norm_pre(x)  # [R, prefix + N, D]
         self._choose_attention(x.shape[1])
-        for block, block_rope in zip(self.model.blocks, self._ropes(rope), strict=True):
+        outputs: list[Tensor] = []
+        first = len(self.model.blocks) - layers
+        for number, (block, block_rope) in enumerate(zip(self.model.blocks, self._ropes(rope), strict=True)):
             x = self._run(block, x, noise, block_rope)
+            if number >= first:
+                outputs.append(x[:, self.model.num_prefix_tokens :])
         x = self.model.norm(x)
         pooled = self.model.forward_head(x, pre_logits=True)
-        return Tokens(pooled, x[:, self.model.num_prefix_tokens :])
+        return Tokens(pooled, x[:, self.model.num_prefix_tokens :], tuple(outputs))
 
     def _embed(self, images: Tensor, ids: Tensor | None) -> Tensor:
         """Patch embedding of all patches, or of those at `ids` [R, n]: [R, n, D]."""
@@ -308,6 +330,7 @@ class SwinEncoder(Encoder):
         *,
         visible: int | None = None,
         positions: bool = True,
+        layers: int = 0,
         noise: Tensor | None = None,
     ) -> Tokens:
         if visible is not None:
@@ -323,11 +346,17 @@ class SwinEncoder(Encoder):
             x = torch.where(hidden.unsqueeze(-1), self.mask_token.to(x.dtype), x)
         self._choose_attention(math.prod(self.model.layers[0].blocks[0].window_size))
         for stage in self.model.layers:
-            x = stage.downsample(x)  # [R, h, w, c]
+            x, outputs = stage.downsample(x), []  # [R, h, w, c], and each block's
             for block in stage.blocks:
                 x = self._run(block, x, noise)
+                outputs.append(x.flatten(1, 2))
         x = self.model.norm(x)  # [R, H/32, W/32, D]
-        return Tokens(self.model.forward_head(x, pre_logits=True), x.flatten(1, 2))
+        kept = tuple(outputs[len(outputs) - layers :])  # of the last stage
+        return Tokens(self.model.forward_head(x, pre_logits=True), x.flatten(1, 2), kept)
+
+    @property
+    def layers(self) -> int:
+        return len(self.model.layers[-1].blocks)
 
     def check_windows(self, height: int, width: int) -> None:
         """ValueError when some stage's grid is larger than its window and no multiple of it."""
@@ -343,18 +372,25 @@ class SwinEncoder(Encoder):
                 )
 
 
-def build_encoder(cfg: EncoderSettings, *, in_chans: int, sizes: Mapping[str, tuple[int, int]]) -> Encoder:
+def build_encoder(
+    cfg: EncoderSettings,
+    *,
+    in_chans: int,
+    sizes: Mapping[str, tuple[int, int]],
+    native: tuple[int, int] | None = None,
+) -> Encoder:
     """Build the student of a recipe.
 
     Args:
         cfg: the recipe's section.
         in_chans: channels of the images.
-        sizes: view -> (height, width). The largest is the model's image size.
+        sizes: view -> (height, width).
+        native: the model's image size; None: the largest of `sizes`.
 
     Raises:
         ValueError: timm does not know the name, or a size does not fit the patches or windows.
     """
-    largest = max(sizes.values(), key=lambda size: size[0] * size[1])
+    largest = native or max(sizes.values(), key=lambda size: size[0] * size[1])
     model = _create(cfg, in_chans, largest, several=len(set(sizes.values())) > 1)
     _refuse_dropout(model)
     if cfg.init is None:
@@ -368,6 +404,21 @@ def build_encoder(cfg: EncoderSettings, *, in_chans: int, sizes: Mapping[str, tu
     if cfg.freeze_patch_embed:
         model.get_submodule("patch_embed").requires_grad_(False)
     return encoder
+
+
+def load_frozen(weights: str, *, in_chans: int, size: tuple[int, int]) -> Encoder:
+    """A trained encoder that is only to be looked with.
+
+    Args:
+        weights: an exported folder, or a timm model name for timm's weights.
+        in_chans: channels of the images.
+        size: height and width that its positions are resampled to.
+
+    Raises:
+        ValueError: there is no such model, or the size does not fit it.
+    """
+    init = weights if Path(weights).is_dir() else "timm"
+    return build_encoder(EncoderSettings(name=weights, init=init), in_chans=in_chans, sizes={"frozen": size})
 
 
 def wrap(model: nn.Module) -> Encoder:

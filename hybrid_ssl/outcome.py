@@ -113,7 +113,7 @@ class Outcome:
         probe: dict[str, float] = {n: self.numbers[n] for n in ("raw pixels", "before training") if n in self.numbers}
         if network in self.numbers:
             probe["this encoder"] = self.numbers[network]
-        height, width = max((v.height_width for v in self.recipe.views.values()), key=lambda s: s[0] * s[1])
+        height, width = self.recipe.native_size
         export = export_encoder(
             encoder.model,
             folder,

@@ -23,7 +23,8 @@ __all__ = ["Batch", "EncoderSpec", "Forward", "Progress", "Tokens", "union"]
 class Forward:
     """One encoder pass that an objective needs. Two equal requests are computed once."""
 
-    net: Literal["student", "teacher"]
+    net: str
+    """`student`, `teacher`, or the name of a frozen encoder of the recipe"""
     view: str
     """a view group of the recipe, e.g. `global` (2 crops stacked)"""
     mask: str | None = None
@@ -32,6 +33,9 @@ class Forward:
     """True: hidden patches are removed (MAE); False: they are replaced by the mask token (SimMIM, iBOT)"""
     positions: bool = True
     """False: patches come without their positions, as a set (jigsaw)"""
+    layers: int = field(default=0, compare=False)
+    """how many of the last blocks' outputs are wanted as well; no part of the equality: the pass with the most serves
+    all"""
 
     def __post_init__(self) -> None:
         assert self.mask is not None or not self.drop, "dropping patches needs a mask"
@@ -49,6 +53,8 @@ class Tokens(NamedTuple):
     """[V*B, D] what timm pools: class token, or average of the patches"""
     patches: Tensor
     """[V*B, N, D]; [V*B, visible, D] in ascending position when the mask was dropped"""
+    layers: tuple[Tensor, ...] = ()
+    """of the last blocks in order, as many as asked for or more: each like `patches`, without the encoder's last norm"""
 
 
 class Batch(NamedTuple):
@@ -89,10 +95,14 @@ class EncoderSpec:
     """`pooled`: another timm family, whose patches cannot be masked"""
     depth: int = 12
     """number of blocks"""
+    layers: int | None = None
+    """blocks at the end whose outputs a pass can return: all of a ViT, the last stage of a Swin; None: `depth`"""
     grids: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """view -> (rows, columns) of output tokens"""
     crops: Mapping[str, int] = field(default_factory=dict)
     """view -> number of crops V"""
+    frozen: Mapping[str, EncoderSpec] = field(default_factory=dict)
+    """name -> the same of a frozen encoder, for the views that fit it"""
     made: Mapping[str, frozenset[str]] = field(default_factory=dict)
     """view -> what its crops went through that an objective may rely on, as in `turns`; a view that is not in it may
     have gone through anything"""
@@ -106,6 +116,22 @@ class EncoderSpec:
         rows, columns = self.grids[view]
         return rows * columns
 
+    def of(self, net: str) -> EncoderSpec:
+        """What may be known of the encoder behind `Forward.net`.
+
+        Raises:
+            ValueError: the recipe has no frozen encoder of this name.
+        """
+        if net in ("student", "teacher"):
+            return self
+        if net not in self.frozen:
+            known = ", ".join(self.frozen) or "none"
+            raise ValueError(
+                f"there is no frozen encoder {net!r}; the recipe's section `frozen` has: {known}. For example "
+                f"frozen.{net}={{of: teacher, after: 50%}}"
+            )
+        return self.frozen[net]
+
     def require(self, view: str, option: str, example: str) -> None:
         """ValueError unless the crops of `view` were made with the option; `example` is its setting."""
         if view in self.made and option not in self.made[view]:
@@ -113,8 +139,12 @@ class EncoderSpec:
 
 
 def union(requests: Iterable[Forward]) -> tuple[Forward, ...]:
-    """The passes to run: each distinct request once, in the order of first mention."""
-    return tuple(dict.fromkeys(requests))
+    """The passes to run: each distinct request once, in the order of first mention, with the most layers asked for."""
+    passes: dict[Forward, Forward] = {}
+    for request in requests:
+        known = passes.get(request)
+        passes[request] = known if known is not None and known.layers >= request.layers else request
+    return tuple(passes.values())
 
 
 def visible_rows(mask: Tensor, visible: int) -> Tensor:

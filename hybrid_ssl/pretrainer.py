@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .encoder import Encoder
+from .frozen import Frozen
 from .objectives.base import Objective
 from .plan import Batch, EncoderSpec, Forward, Tokens, union
 from .schedule import Progress, value_at
@@ -29,6 +30,7 @@ class Pretrainer(nn.Module):
         spec: what the objectives were built with.
         visible: mask -> number of visible tokens, for masks whose patches are dropped.
         mean, std: per channel, in 0..1; uint8 views are normalised with them.
+        frozen: name -> encoder that is not trained.
         rank, world: this process among all, so that noise belongs to a sample's place in the global batch.
         batch_size: images of an optimizer step; None: one micro-batch of every process.
     """
@@ -46,6 +48,7 @@ class Pretrainer(nn.Module):
         visible: Mapping[str, int],
         mean: Sequence[float],
         std: Sequence[float],
+        frozen: Mapping[str, Frozen] | None = None,
         rank: int = 0,
         world: int = 1,
         batch_size: int | None = None,
@@ -64,6 +67,8 @@ class Pretrainer(nn.Module):
             self.teacher = copy.deepcopy(student)
             self.teacher.mask_token = None  # a teacher sees whole images
             self.teacher.requires_grad_(False)
+        self.frozen = nn.ModuleDict(frozen or {})
+        self._check_frozen()
         for _, (teacher, student_head) in self._ema_pairs():
             teacher.load_state_dict(student_head.state_dict())
             teacher.requires_grad_(False)
@@ -102,6 +107,13 @@ class Pretrainer(nn.Module):
         if teachers:
             torch._foreach_lerp_(teachers, students, 1.0 - momentum)
 
+    @torch.no_grad()
+    def refresh_frozen(self, now: Progress) -> None:
+        """Before step `now`: copy student or teacher into the frozen encoders that are due."""
+        for frozen in self._frozen().values():
+            if frozen.due(now):
+                frozen.copy_from(self.encoder(frozen.cfg.of or "student"))
+
     def train(self, mode: bool = True) -> Pretrainer:
         """Like any module's, but the teacher encoder stays in `eval`; teacher heads with BatchNorm follow `mode`."""
         super().train(mode)
@@ -115,20 +127,38 @@ class Pretrainer(nn.Module):
         return cast(dict[str, Objective], dict(self.objectives.items()))
 
     def encoder(self, which: str) -> Encoder:
-        """The `student`, or the `teacher` if the run has one."""
+        """The `student`, the `teacher` if the run has one, or a frozen encoder by its name."""
+        if which in self.frozen:
+            return self._frozen()[which].encoder
         return self.teacher if which == "teacher" and self.teacher is not None else self.student
 
     def _run(self, need: Forward, batch: Batch, now: Progress, index: int) -> Tokens:
         images = batch.views[need.view]
         mask = None if need.mask is None else batch.masks[need.mask]
         visible = self.visible[need.mask] if need.drop and need.mask is not None else None
+        if need.net in self.frozen:
+            seen: Tokens = self.frozen[need.net](images)
+            return seen
         if need.net == "teacher":
             assert self.teacher is not None
             with torch.no_grad():
-                return self.teacher(images, positions=need.positions)
+                return self.teacher(images, positions=need.positions, layers=need.layers)
         noise = self._noise(images, now, index, crops=self.spec.crops[need.view]) if self.training else None
-        tokens: Tokens = self.student(images, mask, visible=visible, positions=need.positions, noise=noise)
+        tokens: Tokens = self.student(
+            images, mask, visible=visible, positions=need.positions, layers=need.layers, noise=noise
+        )
         return tokens
+
+    def _frozen(self) -> dict[str, Frozen]:
+        return cast(dict[str, Frozen], dict(self.frozen.items()))
+
+    def _check_frozen(self) -> None:
+        """ValueError for a frozen encoder that nobody asks for, or that copies a teacher which is not there."""
+        for name, frozen in self._frozen().items():
+            if not any(need.net == name for need in self.plan):
+                raise ValueError(f"frozen.{name} is used by no objective: take it out, or name it in one")
+            if frozen.cfg.of == "teacher" and self.teacher is None:
+                raise ValueError(f"frozen.{name} copies the teacher, but no objective has one: set of: student")
 
     def _noise(self, images: Tensor, now: Progress, index: int, crops: int) -> Tensor | None:
         """Uniform noise for stochastic depth, a function of (seed, step, pass, place in the batch): [rows, V*B]."""

@@ -64,17 +64,18 @@ def pretrain(recipe: Recipe, *, resume: bool = False, dry_run: bool = False, sho
         ValueError: what the user has to change; nothing was written.
     """
     check_trackers(recipe.run.trackers)
+    out = Path(recipe.run.out)
+    # every process looks before `Run` brings them together, and therefore before the first one writes
+    found = None if show or dry_run else check_folder(out, resume)
     run = Run(recipe)
     if show:
         run.say(dump_recipe(recipe))
     for line in run.introduction():
-        run.say(line)
+        run.say(f"# {line}" if show else line)  # what --show prints is a recipe again
     if show:
         return DONE
     if dry_run:
         return run.rehearse()
-    out = Path(recipe.run.out)
-    found = check_folder(out, resume)
     with storage.lock(out) if run.main else nullcontext():
         return run.fit(out, found)
 
@@ -189,9 +190,8 @@ class Run:
 
     def _loop(self, start: int) -> int:
         stop = StopSignal(self.accelerator)
-        code, step = DONE, start
-        began = time.perf_counter()
-        earlier = self.seconds
+        code, done = DONE, start
+        began, earlier = time.perf_counter(), self.seconds
         if start:
             self.say(f"continuing at step {start} of {self.total}")
         else:
@@ -200,18 +200,28 @@ class Run:
             self._probe(0)
         batches = moved(self.loader.iterate(start), self.device)
         try:
-            for step in range(start, self.total):
-                self.step(Progress(step, self.total, self.steps_per_epoch, self.recipe.run.seed), batches)
+            while done < self.total and not code:
+                self.step(Progress(done, self.total, self.steps_per_epoch, self.recipe.run.seed), batches)
                 self.seconds = earlier + time.perf_counter() - began
-                code = self._after(step + 1) or stop_code(stop.agreed(step + 1))
-                if code:
-                    break
-        except ValueError:  # e.g. too many broken images: what was learned is kept
-            self.save(step)
+                done += 1
+                code = self._after(done) or self._stopped(stop, done)
+        except ValueError:  # too many broken images: what was learned is kept
+            self.save(done)
             raise
         finally:
             stop.restore()
-        return self._finish(step + 1, code)
+        return self._finish(done, code)
+
+    def _stopped(self, stop: StopSignal, done: int) -> int:
+        """Exit code if a signal has come to any process; ValueError if together they met too many broken images."""
+        number, broken = stop.agreed(done, len(self.loader.broken))
+        limit = self.recipe.data.max_broken
+        if broken > limit * len(self.source):
+            raise ValueError(
+                f"{broken} of {len(self.source)} images are broken, more than data.max_broken={limit:g}; their names "
+                f"are in {self.out / BAD_FILES}"
+            )
+        return stop_code(number)
 
     def step(self, now: Progress, batches: Any) -> None:
         """One optimizer step."""
@@ -238,6 +248,7 @@ class Run:
         # after a skipped step the student is as before, and the teacher moves on towards it
         later = replace(now, step=now.step + recipe.teacher.offset)
         self.pretrainer.move_teachers(value_at(recipe.teacher.momentum, later))
+        self.pretrainer.refresh_frozen(replace(now, step=now.step + 1))
         self.means.add({"grad_norm": norm})
         self.finite.append(finite)
         self.rates = {"lr": lr, "weight_decay": decay}
@@ -257,7 +268,6 @@ class Run:
         if monitor.probe_every and self._due(monitor.probe_every, done):
             with self.meter.paused():
                 if self._probe(done):
-                    self.save(done)
                     return COLLAPSED
         if self._due(run.checkpoint_every, done):
             with self.meter.paused():
@@ -319,6 +329,10 @@ class Run:
             "mean_std": [list(self.mean), list(self.std)],
             "optimizer": tree,
             "scaler": None if scaler is None else scaler.state_dict(),
+            "accumulation": self.layout.accumulation,
+            "means": self.means.state(total(self.accelerator)),
+            "finite": torch.stack(self.finite).tolist() if self.finite else [],
+            "latest": {name: value for name, value in self.latest.items() if math.isfinite(value)},
             "guard": self.guard.state(),
             "watch": self.watch.state(),
             "outcome": self.outcome.state(),
@@ -335,13 +349,12 @@ class Run:
             except storage.StorageError as error:
                 self.say(f"error: the checkpoint of step {done} was not written, training goes on: {error}")
             draw_curves(self.out)
-        self.accelerator.wait_for_everyone()
-        return ok
+        return self._agree(ok)
 
     def restore(self, path: Path) -> int:
         """Load a checkpoint; the step to continue at. ValueError when recipe or data differ in what decides a run."""
         tensors, state = checkpoint.load(path)
-        check_resume(state["recipe"], self.recipe, state["fingerprint"], self.source.fingerprint)
+        check_resume(state["recipe"], self.recipe, self._facts(state), self._facts(self._identity()))
         model = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
         optimizer = checkpoint.unflatten(tensors, state["optimizer"])
         write_state(self.pretrainer, self.optimizer.optimizer, model, optimizer)

@@ -38,13 +38,13 @@ def export_run(
     recipe = build_recipe(state["recipe"])
     which = _network(network or recipe.export.which, tensors)
     sizes = {name: view.height_width for name, view in recipe.views.items()}
-    encoder = build_encoder(recipe.encoder, in_chans=recipe.data.channels, sizes=sizes)
+    encoder = build_encoder(recipe.encoder, in_chans=recipe.data.channels, sizes=sizes, native=recipe.native_size)
     encoder.model.load_state_dict(_below(tensors, f"model.{which}.model."))
     mean, std = state["mean_std"]
     return export_encoder(
         encoder.model,
         folder,
-        input_size=(recipe.data.channels, *largest_view(recipe)),
+        input_size=(recipe.data.channels, *recipe.native_size),
         mean=mean,
         std=std,
         licence=licence or recipe.export.licence,
@@ -59,11 +59,6 @@ def export_run(
             probe=probe_of(state["outcome"], which),
         ),
     )
-
-
-def largest_view(recipe: Recipe) -> tuple[int, int]:
-    """Height and width of the largest view: the size that the encoder is recommended for."""
-    return max((view.height_width for view in recipe.views.values()), key=lambda size: size[0] * size[1])
 
 
 def probe_of(numbers: Mapping[str, float], network: str) -> dict[str, float]:

@@ -30,6 +30,7 @@ SPEC = EncoderSpec(
     depth=2,
     grids={"global": (4, 4), "local": (2, 2), "plain": (4, 4)},
     crops={"global": 2, "local": 3, "plain": 1},
+    frozen={"gram": EncoderSpec(dim=20, stride=8, grids={"global": (4, 4)}, crops={"global": 2})},
 )
 Inputs = tuple[dict[Forward, Tokens], Batch]
 Settings = Mapping[str, Any]
@@ -79,12 +80,13 @@ def make_inputs(
             drawn[need.mask] = draw_mask(rows, spec.tokens(need.view), not need.drop, draw)
     tokens = {}
     for need in needs:
-        patches = spec.tokens(need.view)
+        patches, dim = spec.of(need.net).tokens(need.view), spec.of(need.net).dim
         if need.drop:
             patches -= int(drawn[need.mask or ""][0].sum())
-        x = torch.randn(spec.crops[need.view] * images, 1 + patches, spec.dim, generator=draw, dtype=torch.float64)
+        x = torch.randn(spec.crops[need.view] * images, 1 + patches, dim, generator=draw, dtype=torch.float64)
         leaves = (part.to(dtype).contiguous().requires_grad_(need.net == "student") for part in (x[:, 0], x[:, 1:]))
-        tokens[need] = Tokens(*leaves)
+        outputs = [torch.randn(x[:, 1:].shape, generator=draw, dtype=torch.float64).to(dtype) for _ in range(need.layers)]
+        tokens[need] = Tokens(*leaves, layers=tuple(outputs))
     labels = torch.randint(3, (images,), generator=draw)
     batch = Batch({k: v.to(dtype) for k, v in views.items()}, drawn, labels, torch.arange(images))
     return tokens, batch
@@ -101,7 +103,10 @@ def share(inputs: Inputs, part: int, parts: int, spec: EncoderSpec = SPEC) -> In
         return x.unflatten(0, (-1, images))[:, rows].flatten(0, 1)
 
     cut_tokens = {
-        need: Tokens(*(cut(x.detach()).requires_grad_(x.requires_grad) for x in both)) for need, both in tokens.items()
+        need: Tokens(
+            *(cut(x.detach()).requires_grad_(x.requires_grad) for x in both[:2]), tuple(cut(x) for x in both.layers)
+        )
+        for need, both in tokens.items()
     }
     cut_batch = Batch(
         {k: cut(v) for k, v in batch.views.items()},
@@ -160,7 +165,7 @@ def check_gradients(name: str, settings: Settings, spec: EncoderSpec = SPEC) -> 
     without = [n for n, p in objective.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert without == []
     for need, both in tokens.items():
-        got = any(x.grad is not None and bool(x.grad.any()) for x in both)
+        got = any(x.grad is not None and bool(x.grad.any()) for x in both[:2])
         assert got == (need.net == "student"), str(need)
     assert all(v.ndim == 0 and not v.requires_grad for k, v in logs.items() if k != "loss")
     for teacher, student in objective.ema_pairs():

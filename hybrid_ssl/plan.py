@@ -54,7 +54,7 @@ class Tokens(NamedTuple):
     patches: Tensor
     """[V*B, N, D]; [V*B, visible, D] in ascending position when the mask was dropped"""
     layers: tuple[Tensor, ...] = ()
-    """of the last blocks in order, as many as asked for or more: each like `patches`, without the encoder's last norm"""
+    """outputs of the last blocks in order, as many as asked for or more: each like `patches`, but before the last norm"""
 
 
 class Batch(NamedTuple):

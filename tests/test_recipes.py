@@ -30,6 +30,7 @@ PUBLISHED = {  # learning rate of a step, images in it, length: as the papers an
     "ibot_vitb": (3e-3, 1024, "400 epochs"),
     "ibot_swint": (2e-3, 1024, "300 epochs"),
     "maskfeat_vitb": (1.6e-3, 2048, "300 epochs"),
+    "data2vec_vitb": (2e-3, 2048, "800 epochs"),
 }
 
 SMALL_ENCODER = {
@@ -43,6 +44,7 @@ SMALL_HEADS = {
     "dino": ["out_dim=32", "hidden=32", "bottleneck=16"],
     "ibot": ["out_dim=32", "hidden=32", "bottleneck=16"],
     "maskfeat": [],
+    "data2vec": ["layers=2"],
     "rotation": [],
     "jigsaw": ["hidden=32"],
     "cutpaste": ["hidden=32", "bottleneck=16"],

@@ -85,8 +85,8 @@ def make_inputs(
             patches -= int(drawn[need.mask or ""][0].sum())
         x = torch.randn(spec.crops[need.view] * images, 1 + patches, dim, generator=draw, dtype=torch.float64)
         leaves = (part.to(dtype).contiguous().requires_grad_(need.net == "student") for part in (x[:, 0], x[:, 1:]))
-        outputs = [torch.randn(x[:, 1:].shape, generator=draw, dtype=torch.float64).to(dtype) for _ in range(need.layers)]
-        tokens[need] = Tokens(*leaves, layers=tuple(outputs))
+        outputs = (torch.randn(x[:, 1:].shape, generator=draw, dtype=torch.float64) for _ in range(need.layers))
+        tokens[need] = Tokens(*leaves, layers=tuple(output.to(dtype) for output in outputs))
     labels = torch.randint(3, (images,), generator=draw)
     batch = Batch({k: v.to(dtype) for k, v in views.items()}, drawn, labels, torch.arange(images))
     return tokens, batch

@@ -83,7 +83,7 @@ def test_loss_and_gradients_equal_the_published_form_for_two_steps(case: str) ->
     for step in range(2):
         tokens, batch = inputs = harness.make_inputs(objective.needs, images=3, seed=step)
         terms = published(objective, inputs, centers)
-        leaves = [*parameters, *(x for need in objective.needs if need.net == "student" for x in tokens[need])]
+        leaves = [*parameters, *(x for need in objective.needs if need.net == "student" for x in tokens[need][:2])]
         logs = objective.loss(tokens, batch, harness.now(step))
         torch.testing.assert_close(logs["class_loss"], (terms["global"] + terms["local"]).detach())
         torch.testing.assert_close(logs["patch_loss"], terms["patch"].detach())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from .config import Recipe
+from .data.loader import Broken, Loader
 from .data.masks import hidden_count
+from .data.sources import Source
 from .encoder import Encoder, build_encoder, load_frozen
 from .frozen import Frozen
 from .objectives import objective_class
@@ -174,6 +177,40 @@ def used_views(recipe: Recipe, pretrainer: Pretrainer) -> tuple[list[str], list[
     views |= {base for view in views if (base := recipe.views[view].like)}
     masks = {need.mask for need in pretrainer.plan if need.mask}
     return [v for v in recipe.views if v in views], [m for m in recipe.masks if m in masks]
+
+
+def build_loader(
+    recipe: Recipe,
+    source: Source,
+    pretrainer: Pretrainer,
+    layout: Layout,
+    *,
+    total_steps: int,
+    pin_memory: bool = False,
+    on_broken: Callable[[Broken], None] | None = None,
+) -> Loader:
+    """The micro-batches of this process."""
+    views, masks = used_views(recipe, pretrainer)
+    data = recipe.data
+    if layout.world > 1:  # the limit is for all processes together, which one alone does not know: `Run` counts
+        data = data.model_copy(update={"max_broken": 1.0})
+    return Loader(
+        source,
+        data,
+        {name: recipe.views[name] for name in views},
+        {name: recipe.masks[name] for name in masks},
+        grids=pretrainer.spec.grids,
+        stride=pretrainer.spec.stride,
+        batch_size=recipe.run.batch_size,
+        micro_batch=layout.micro_batch,
+        seed=recipe.run.seed,
+        rank=pretrainer.rank,
+        world=layout.world,
+        workers=recipe.run.workers,
+        total_steps=total_steps,
+        pin_memory=pin_memory,
+        on_broken=on_broken,
+    )
 
 
 def build_groups(recipe: Recipe, pretrainer: Pretrainer) -> list[dict[str, Any]]:

@@ -1,27 +1,49 @@
-"""What a resumed run may change, and what it may not."""
+"""What a resumed run may change, and what it may not; and whether a folder can take a run."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from . import checkpoint
 from .config import Recipe
 
 FREE = {
     "run.out", "run.workers", "run.threads", "run.micro_batch", "run.checkpoint_every", "run.keep", "run.trackers",
     "run.gradient_checkpointing", "run.compile", "data.source", "data.probe", "data.max_broken", "monitor", "export",
 }  # fmt: skip
-"""Keys that change how a run is carried out, not what it computes. The data may have moved: its fingerprint decides."""
+"""Keys that change how a run is carried out, not what it computes. The data may have moved: its fingerprint decides.
+The micro-batch may fit another machine: where it matters, the number of micro-batches in a step decides."""
 
 
-def check_resume(before: Mapping[str, Any], recipe: Recipe, old_data: str, new_data: str) -> None:
-    """ValueError with every difference when the recipe or the data is not the one of the checkpoint."""
-    now = recipe.model_dump(mode="json")
-    problems = [
-        f"{path}: was {old!r}, is {new!r}" for path, old, new in _differences(before, now) if not _is_free(path)
+def check_folder(out: Path, resume: bool) -> Path | None:
+    """The checkpoint to continue from, or None for a new run; ValueError when the folder does not fit."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"run.out {str(out)!r} is a file: choose a folder")
+    used = out.is_dir() and any(path.name != ".lock" for path in out.iterdir())
+    found = checkpoint.latest(out / "checkpoints")
+    if resume and found is None:
+        raise ValueError(f"--resume: {out} holds no checkpoint; start without it, or set run.out to the run's folder")
+    if used and not resume:
+        what = f"a run at {found.name}" if found else "other files"
+        raise ValueError(
+            f"run.out {str(out)!r} is in use, it holds {what}: add --resume to continue, or choose another"
+        )
+    return found
+
+
+def check_resume(
+    before: Mapping[str, Any], recipe: Recipe, facts_before: Mapping[str, Any], facts: Mapping[str, Any]
+) -> None:
+    """ValueError with every difference to the checkpoint: of the recipe, and of facts that no recipe holds."""
+    differences = _differences(before, recipe.model_dump(mode="json"))
+    problems = [f"{path}: was {old!r}, is {new!r}" for path, old, new in differences if not _is_free(path)]
+    problems += [
+        f"{name}: was {facts_before.get(name)!r}, is {facts.get(name)!r}"
+        for name in dict.fromkeys([*facts_before, *facts])
+        if facts_before.get(name) != facts.get(name)
     ]
-    if old_data != new_data:
-        problems.append("data: other images than the run began with (added, removed or changed files)")
     if problems:
         raise ValueError(
             "--resume: what decides the run has changed; put it back, or start a new run in another run.out:\n  "

@@ -7,12 +7,15 @@ the full count), `save_state` is not used (it is not atomic and pickles), schedu
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import warnings
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+import accelerate
+import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
@@ -26,6 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
+from . import __version__
 from .config import RunSettings
 from .nn.distributed import gather_no_grad
 from .plan import Batch
@@ -51,8 +55,7 @@ def launch(run: RunSettings) -> Accelerator:
     if started != accelerator.num_processes:
         raise ValueError(
             f"the launcher started {started} processes, but Accelerate sees {accelerator.num_processes}: each would "
-            "train alone and write to the same folder. On CPUs use `torchrun --nproc_per_node N`, or `accelerate launch "
-            "--multi_gpu --num_processes N` with ACCELERATE_USE_CPU=true"
+            "train alone and write to the same folder. On CPUs start them with `torchrun --nproc_per_node N`"
         )
     return accelerator
 
@@ -90,24 +93,30 @@ def gathered(accelerator: Accelerator) -> Any:
     return gather_no_grad if accelerator.num_processes > 1 else None
 
 
+def agreed(accelerator: Accelerator, ok: bool) -> bool:
+    """Whether all processes say so; each waits for all."""
+    if accelerator.num_processes == 1:
+        return ok
+    return bool(gather_no_grad(torch.tensor([ok], device=accelerator.device)).all())
+
+
 class StopSignal:
     """SIGTERM, SIGINT and SIGUSR1 (schedulers send it before the time is up) end the run after the current step."""
 
-    EVERY = 10  # steps between two agreements of several processes: each costs a collective
+    EVERY = 10  # steps between two agreements of several processes: each costs a collective and a wait
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator, self.number = accelerator, 0
         self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
 
-    def agreed(self, step: int) -> int:
-        """The signal that all processes stop for now, or 0."""
+    def agreed(self, step: int, broken: int) -> tuple[int, int]:
+        """(the signal that all processes stop for now, or 0; the broken images of all processes)."""
         if self.accelerator.num_processes == 1:
-            return self.number
+            return self.number, broken
         if step % self.EVERY:
-            return 0
-        most = torch.tensor([self.number], device=self.accelerator.device)
-        torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
-        return int(most.item())
+            return 0, 0
+        both = gather_no_grad(torch.tensor([[self.number, broken]], device=self.accelerator.device))  # [W, 2]
+        return int(both[:, 0].max()), int(both[:, 1].sum())
 
     def restore(self) -> None:
         for number, handler in self._before.items():
@@ -155,3 +164,15 @@ def hardware(accelerator: Accelerator) -> str:
         return f"{accelerator.num_processes} x {torch.cuda.get_device_name(accelerator.device)}"
     n = accelerator.num_processes
     return f"{n} CPU process{'es' if n > 1 else ''} of {torch.get_num_threads()} threads"
+
+
+def environment(accelerator: Accelerator) -> dict[str, Any]:
+    """Versions and hardware, for the run folder; no host name, no paths."""
+    return {
+        "hybrid_ssl": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "accelerate": accelerate.__version__,
+        "hardware": hardware(accelerator),
+    }

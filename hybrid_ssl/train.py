@@ -1,29 +1,29 @@
 """The run: from a resolved recipe to an encoder in a folder.
 
 Read `Run.step` first: the order of schedule, forward, backward, clip, held layers, optimizer and teacher is written
-once, there. A run's state is the step, the tensors, and the little that monitors remember; order and randomness of the data
-are functions of the step.
+once, there. A run's state is the step, the tensors, and the little that monitors remember; order and randomness of the
+data are functions of the step.
 """
 
 from __future__ import annotations
 
 import json
-import platform
+import math
 import signal
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import accelerate
-import timm
 import torch
 from torch import Tensor
 
-from . import __version__, checkpoint, storage
+from . import checkpoint, storage
 from .assemble import (
     build_groups,
+    build_loader,
     build_pretrainer,
     describe_plan,
     lay_out,
@@ -31,11 +31,11 @@ from .assemble import (
     used_views,
 )
 from .config import Recipe, dump_recipe
-from .contract import check_resume
-from .data.loader import Broken, Loader
+from .contract import check_folder, check_resume
+from .data.loader import Broken
 from .data.sources import open_source
 from .data.stats import resolve_mean_std
-from .engine import StopSignal, hardware, launch, moved, read_state, total, write_state
+from .engine import StopSignal, agreed, environment, hardware, launch, moved, read_state, total, write_state
 from .gallery import IMAGES, draw_curves, draw_reconstructions, draw_views
 from .monitor.collapse import CollapseWatch, FiniteGuard
 from .monitor.log import RunLog
@@ -46,6 +46,7 @@ from .outcome import Outcome, Spent
 from .schedule import Progress, to_steps, value_at
 
 DONE, NON_FINITE, COLLAPSED, STORAGE = 0, 3, 4, 5
+BAD_FILES = "bad_files.jsonl"
 
 
 def pretrain(recipe: Recipe, *, resume: bool = False, dry_run: bool = False, show: bool = False) -> int:
@@ -80,22 +81,6 @@ def pretrain(recipe: Recipe, *, resume: bool = False, dry_run: bool = False, sho
         return run.fit(out, found)
 
 
-def check_folder(out: Path, resume: bool) -> Path | None:
-    """The checkpoint to continue from, or None for a new run; ValueError when the folder does not fit."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"run.out {str(out)!r} is a file: choose a folder")
-    used = out.is_dir() and any(path.name != ".lock" for path in out.iterdir())
-    found = checkpoint.latest(out / "checkpoints")
-    if resume and found is None:
-        raise ValueError(f"--resume: {out} holds no checkpoint; start without it, or set run.out to the run's folder")
-    if used and not resume:
-        what = f"a run at {found.name}" if found else "other files"
-        raise ValueError(
-            f"run.out {str(out)!r} is in use, it holds {what}: add --resume to continue, or choose another"
-        )
-    return found
-
-
 class Run:
     """Everything of one run. Building it writes nothing."""
 
@@ -110,7 +95,15 @@ class Run:
         self.pretrainer = build_pretrainer(recipe, self.mean, self.std, layout=self.layout, rank=rank)
         self.steps_per_epoch = max(1, len(self.source) // recipe.run.batch_size)
         self.total = total_steps(recipe, self.steps_per_epoch)
-        self.loader = self._loader(rank)
+        self.loader = build_loader(
+            recipe,
+            self.source,
+            self.pretrainer,
+            self.layout,
+            total_steps=self.total,
+            pin_memory=self.device.type == "cuda",
+            on_broken=self._note_broken,
+        )
         self.outcome = Outcome(recipe, self.source, self.accelerator, self.mean, self.std)
         self.peak, self.lr_sentence = peak_lr(recipe.optimizer, recipe.run.batch_size)
         optimizer = build_optimizer(recipe.optimizer, build_groups(recipe, self.pretrainer))
@@ -125,8 +118,8 @@ class Run:
         ]
         monitor = recipe.monitor
         self.guard = FiniteGuard(monitor.max_skipped, fp16=recipe.run.precision == "fp16")
-        compares_views = any(objective.compares_views for objective in self.pretrainer.parts.values())
-        self.watch = CollapseWatch(monitor, self.pretrainer.spec.dim, compares_views)
+        self.compares_views = any(objective.compares_views for objective in self.pretrainer.parts.values())
+        self.watch = CollapseWatch(monitor, self.pretrainer.spec.dim, self.compares_views)
         self.meter = Meter(recipe.run.batch_size, self.total)
         self.means, self.finite = Means(), list[Tensor]()
         self.latest: dict[str, float] = {}  # means of the last log interval
@@ -265,16 +258,12 @@ class Run:
         if done == self.total:
             return DONE
         run, monitor = self.recipe.run, self.recipe.monitor
-        if monitor.probe_every and self._due(monitor.probe_every, done):
-            with self.meter.paused():
-                if self._probe(done):
-                    return COLLAPSED
-        if self._due(run.checkpoint_every, done):
-            with self.meter.paused():
-                if not self.save(done):
-                    return NON_FINITE
-        if self.recipe.export.every and self._due(self.recipe.export.every, done):
-            with self.meter.paused():
+        with self.meter.paused():
+            if monitor.probe_every and self._due(monitor.probe_every, done) and self._probe(done):
+                return COLLAPSED
+            if self._due(run.checkpoint_every, done) and not self.save(done):
+                return NON_FINITE
+            if self.recipe.export.every and self._due(self.recipe.export.every, done):
                 self._export(done)
         return DONE
 
@@ -307,7 +296,9 @@ class Run:
         if not results:
             return False
         raw = {"raw_pixels/knn": self.outcome.numbers["raw pixels"]} if "raw pixels" in self.outcome.numbers else {}
-        self.log.record(done, raw | {f"{net}/{name}": x for net, numbers in results.items() for name, x in numbers.items()})
+        self.log.record(
+            done, raw | {f"{net}/{name}": x for net, numbers in results.items() for name, x in numbers.items()}
+        )
         now = Progress(done, self.total, self.steps_per_epoch)
         verdicts = self.watch.look(now, results, self.latest)
         for verdict in verdicts:
@@ -324,12 +315,11 @@ class Run:
             "step": done,
             "total_steps": self.total,
             "steps_per_epoch": self.steps_per_epoch,
-            "fingerprint": self.source.fingerprint,
+            "facts": self.facts(),
             "recipe": self.recipe.model_dump(mode="json"),
             "mean_std": [list(self.mean), list(self.std)],
             "optimizer": tree,
             "scaler": None if scaler is None else scaler.state_dict(),
-            "accumulation": self.layout.accumulation,
             "means": self.means.state(total(self.accelerator)),
             "finite": torch.stack(self.finite).tolist() if self.finite else [],
             "latest": {name: value for name, value in self.latest.items() if math.isfinite(value)},
@@ -337,7 +327,6 @@ class Run:
             "watch": self.watch.state(),
             "outcome": self.outcome.state(),
             "seconds": self.seconds,
-            "world": self.layout.world,
         }
         ok = True
         if self.main:
@@ -349,17 +338,30 @@ class Run:
             except storage.StorageError as error:
                 self.say(f"error: the checkpoint of step {done} was not written, training goes on: {error}")
             draw_curves(self.out)
-        return self._agree(ok)
+        return agreed(self.accelerator, ok)
+
+    def facts(self) -> dict[str, Any]:
+        """What decides the run and is in no recipe."""
+        facts: dict[str, Any] = {"the images (added, removed or changed files?)": self.source.fingerprint}
+        if self.compares_views:  # BatchNorm, negatives and centres see a micro-batch of all processes
+            facts["the number of micro-batches in a step"] = self.layout.accumulation
+        if self.recipe.data.streaming:
+            facts["the number of processes that share the stream"] = self.layout.world
+        return facts
 
     def restore(self, path: Path) -> int:
         """Load a checkpoint; the step to continue at. ValueError when recipe or data differ in what decides a run."""
         tensors, state = checkpoint.load(path)
-        check_resume(state["recipe"], self.recipe, self._facts(state), self._facts(self._identity()))
+        check_resume(state["recipe"], self.recipe, state["facts"], self.facts())
         model = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
         optimizer = checkpoint.unflatten(tensors, state["optimizer"])
         write_state(self.pretrainer, self.optimizer.optimizer, model, optimizer)
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+        if self.main:  # the sums are those of all processes
+            self.means.restore(state["means"], self.device)
+        self.finite = [torch.tensor(flag, device=self.device) for flag in state["finite"]]
+        self.latest = state["latest"]
         self.guard.restore(state["guard"])
         self.watch.restore(state["watch"])
         self.outcome.restore(state["outcome"])
@@ -387,46 +389,17 @@ class Run:
         spent = Spent(done, self.steps_per_epoch, self.seconds)
         self.outcome.export(self.pretrainer, self.out, spent, say=self.say, last=last)
 
-    def _loader(self, rank: int) -> Loader:
-        recipe, run = self.recipe, self.recipe.run
-        views, masks = used_views(recipe, self.pretrainer)
-        return Loader(
-            self.source,
-            recipe.data,
-            {name: recipe.views[name] for name in views},
-            {name: recipe.masks[name] for name in masks},
-            grids=self.pretrainer.spec.grids,
-            stride=self.pretrainer.spec.stride,
-            batch_size=run.batch_size,
-            micro_batch=self.layout.micro_batch,
-            seed=run.seed,
-            rank=rank,
-            world=self.layout.world,
-            workers=run.workers,
-            total_steps=self.total,
-            pin_memory=self.device.type == "cuda",
-            on_broken=self._note_broken,
-        )
-
     def _note_broken(self, image: Broken) -> None:
-        self.say(f"broken image, replaced: {image.name}: {image.reason}")
-        if self.log is not None and self.main:
-            with (self.out / "bad_files.jsonl").open("a") as file:
+        text = f"broken image, replaced: {image.name}: {image.reason}"
+        if self.main:
+            self.say(text)
+        else:  # no other process knows
+            print(text, file=sys.stderr, flush=True)
+        if self.log is not None and self.out.is_dir():  # other machines may not have the folder
+            with (self.out / BAD_FILES).open("a") as file:
                 file.write(json.dumps({"id": image.id, "name": image.name, "reason": image.reason}) + "\n")
 
 
 def stop_code(number: int) -> int:
     """Exit code for a signal; 0 for none."""
     return {0: DONE, signal.SIGINT: 130}.get(number, 143)
-
-
-def environment(accelerator: accelerate.Accelerator) -> dict[str, Any]:
-    """Versions and hardware, for the run folder; no host name, no paths."""
-    return {
-        "hybrid_ssl": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "accelerate": accelerate.__version__,
-        "hardware": hardware(accelerator),
-    }

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,6 +93,14 @@ class Means:
         pair = torch.stack([torch.where(finite, row, 0.0), finite.float()])  # [2, names]: sum and count
         names = tuple(values)
         self._sums[names] = self._sums[names] + pair if names in self._sums else pair
+
+    def state(self, reduce: Callable[[Tensor], Tensor] | None = None) -> list[Any]:
+        """What was added since the last reading, as JSON data; `reduce` as in `read` (the loop waits here)."""
+        return [[*names, (reduce(pair) if reduce else pair).tolist()] for names, pair in self._sums.items()]
+
+    def restore(self, state: list[Any], device: torch.device) -> None:
+        """Continue from `state()`; of several processes one does, since it holds the sums of all."""
+        self._sums = {tuple(names): torch.tensor(pair, device=device) for *names, pair in state}
 
     def read(self, reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
         """Means since the last reading (the loop waits here); NaN for a name that was never finite.

@@ -125,9 +125,7 @@ def build_frozen(recipe: Recipe, student: Encoder, mean: list[float], std: list[
     return built
 
 
-def _spec_where_it_fits(
-    encoder: Encoder, sizes: dict[str, tuple[int, int]], crops: dict[str, int]
-) -> EncoderSpec:
+def _spec_where_it_fits(encoder: Encoder, sizes: dict[str, tuple[int, int]], crops: dict[str, int]) -> EncoderSpec:
     """A frozen encoder sees few views: others need not fit its patches."""
     fit = {view: size for view, size in sizes.items() if not any(side % encoder.stride for side in size)}
     return encoder.spec(fit, crops)

@@ -318,6 +318,8 @@ class Run:
             "facts": self.facts(),
             "recipe": self.recipe.model_dump(mode="json"),
             "mean_std": [list(self.mean), list(self.std)],
+            "images": len(self.source),
+            "hardware": hardware(self.accelerator),
             "optimizer": tree,
             "scaler": None if scaler is None else scaler.state_dict(),
             "means": self.means.state(total(self.accelerator)),

@@ -26,6 +26,7 @@ from ..checkpoint import nonfinite, separate
 from ..storage import publish
 from .card import write_card
 from .facts import CardFacts
+from .folder import CARD, CONFIG, HEADS, refuse_foreign
 from .verify import VerifyReport, plain_copy, verify_export
 
 # what a reader of the weights needs to build the model; every other key describes somebody else's training
@@ -67,6 +68,7 @@ def export_encoder(
     Raises:
         ValueError: the model cannot be exported, or the copy does not give equal outputs; `folder` is as it was.
     """
+    refuse_foreign(folder)
     plain = plain_copy(model)
     _check(plain, input_size, mean, std)
     data = {
@@ -80,11 +82,11 @@ def export_encoder(
     report = None
     with publish(folder) as path:
         save_for_hf(plain, str(path), model_args=dict(model_args or {}), safe_serialization=True, data_config=data)
-        config = _patch(json.loads((path / "config.json").read_text()), data, card, licence)
-        (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        config = _patch(json.loads((path / CONFIG).read_text()), data, card, licence)
+        (path / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         if heads:
-            save_file(separate(heads), path / "heads.safetensors", metadata={"format": "pt"})
-        (path / "README.md").write_text(write_card(plain, config, card, licence, heads=tuple(heads or ())))
+            save_file(separate(heads), path / HEADS, metadata={"format": "pt"})
+        (path / CARD).write_text(write_card(plain, config, card, licence, heads=tuple(heads or ())))
         if verify:
             report = verify_export(path, model)
     return Export(folder, report)

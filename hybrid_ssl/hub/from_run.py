@@ -2,24 +2,60 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import timm
 from torch import Tensor
 
 from .. import checkpoint
 from ..config import Recipe, build_recipe
 from ..encoder import build_encoder
+from ..storage import publish
 from .export import Export, export_encoder
 from .facts import facts_of
+from .folder import is_export, refuse_foreign
+from .verify import verify_export
+
+Network = Literal["auto", "teacher", "student"]
+
+
+def export_place(
+    place: Path, folder: Path, *, network: Network | None = None, licence: str | None = None, verify: bool = True
+) -> Export:
+    """Export from a run's folder, a checkpoint or an export; an export is copied as it is, and checked again.
+
+    Args:
+        place, folder, network, licence, verify: see `export_run`.
+
+    Raises:
+        ValueError: there is nothing to export; or another network or licence of an export is asked for.
+    """
+    if not is_export(place):
+        return export_run(place, folder, network=network, licence=licence, verify=verify)
+    if network is not None or licence is not None:
+        raise ValueError(f"{place} is an export already, with its network and licence: export the run again instead")
+    model = timm.create_model(f"local-dir:{place.resolve()}", pretrained=True)
+    if folder.resolve() == place.resolve():
+        return Export(folder, verify_export(folder, model) if verify else None)
+    refuse_foreign(folder)
+    report = None
+    with publish(folder) as path:
+        for file in place.iterdir():
+            if file.is_file():
+                shutil.copyfile(file, path / file.name)
+        if verify:
+            report = verify_export(path, model)
+    return Export(folder, report)
 
 
 def export_run(
     place: Path,
     folder: Path,
     *,
-    network: Literal["auto", "teacher", "student"] | None = None,
+    network: Network | None = None,
     licence: str | None = None,
     verify: bool = True,
 ) -> Export:
@@ -34,6 +70,7 @@ def export_run(
     Raises:
         ValueError: no checkpoint there, or it lacks the network that is asked for.
     """
+    refuse_foreign(folder)
     tensors, state = checkpoint.load(_find(place))
     recipe = build_recipe(state["recipe"])
     which = _network(network or recipe.export.which, tensors)
@@ -55,7 +92,9 @@ def export_run(
             network=which,
             step=state["step"],
             steps_per_epoch=state["steps_per_epoch"],
+            images=state.get("images"),
             seconds=state["seconds"],
+            hardware=state.get("hardware"),
             probe=probe_of(state["outcome"], which),
         ),
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-WEIGHTS = "model.safetensors"
+from .folder import find_export
 
 
 def load_encoder(
@@ -69,27 +68,3 @@ def resolve(name: str | Path) -> str:
         f"encoder {text!r} is no folder and no model of timm {timm.__version__}; {hub}"
         f"similar names: {', '.join(near) or 'none'}"
     )
-
-
-def find_export(folder: Path) -> Path:
-    """`folder` itself if it is an export, else the newest export up to two levels below it.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if is_export(folder):
-        return folder
-    found = [p.parent for pattern in ("*/config.json", "*/*/config.json") for p in folder.glob(pattern)]
-    exports = [p for p in found if is_export(p) and not p.name.startswith(".")]
-    if not exports:
-        raise ValueError(f"{folder} holds no exported encoder (config.json of timm and {WEIGHTS}): has the run ended?")
-    return max(exports, key=lambda p: (p / "config.json").stat().st_mtime_ns)
-
-
-def is_export(folder: Path) -> bool:
-    """Whether timm can load `folder`: its config names an architecture, and the weights are there."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and "architecture" in config and (folder / WEIGHTS).is_file()

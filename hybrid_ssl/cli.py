@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -27,6 +28,17 @@ def pretrain(args: argparse.Namespace) -> int:
     return run(recipe, resume=args.resume, dry_run=args.dry_run, show=args.show)
 
 
+def anomaly(args: argparse.Namespace) -> int:
+    """Learn what is normal from a folder of good pictures, and score those of another folder."""
+    from .anomaly import find_anomalies
+
+    options = {"good_name": args.good_name, "size": args.size, "shown": args.shown, "device": args.device}
+    for name, value in find_anomalies(args.encoder, args.good, args.test, Path(args.out), **options).items():
+        print(f"{name} {value:.4g}")
+    print(f"scores and the map of the most abnormal pictures: {args.out}")
+    return 0
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hybrid-ssl", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -38,6 +50,19 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--show", action="store_true", help="print the resolved recipe and the plan, then stop")
     command.add_argument("--dry-run", action="store_true", help="build everything, run one step, keep nothing")
     command.add_argument("--resume", action="store_true", help="continue the run in run.out at its very step")
+
+    command = commands.add_parser(
+        "anomaly", help="score pictures by how abnormal they are", description=anomaly.__doc__
+    )
+    command.set_defaults(run=anomaly)
+    command.add_argument("encoder", metavar="ENCODER", help="an exported folder, a run's folder, or a timm model")
+    command.add_argument("good", metavar="GOOD", help="folder of good pictures")
+    command.add_argument("test", metavar="TEST", help="folder to score; with sub-folders `good` and others: also AUROC")
+    command.add_argument("--out", default="anomalies", help="folder for scores.csv, summary.json and heat.png")
+    command.add_argument("--good-name", default="good", help="the sub-folder of TEST that holds good pictures")
+    command.add_argument("--size", type=int, help="side in pixels; default: as the encoder was trained")
+    command.add_argument("--shown", type=int, default=16, help="pictures on heat.png")
+    command.add_argument("--device", default="cpu", help="where the encoder runs")
 
     for command in commands.choices.values():
         command.add_argument("--traceback", action="store_true", help="on an error, show where it was raised")

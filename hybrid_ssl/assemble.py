@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +91,7 @@ def build_pretrainer(
     objectives = build_objectives(recipe, spec)
     plan = union(need for objective in objectives.values() for need in objective.needs)
     check_masks(recipe, plan)
+    check_targets(recipe, objectives)
     if any(need.mask and not need.drop for need in plan):
         encoder.add_mask_token()
     encoder.gradient_checkpointing = recipe.run.gradient_checkpointing
@@ -160,6 +161,17 @@ def check_masks(recipe: Recipe, plan: tuple[Forward, ...]) -> None:
             )
 
 
+def check_targets(recipe: Recipe, objectives: Mapping[str, Objective]) -> None:
+    """ValueError for a mask without the target blocks that an objective reads."""
+    for label, objective in objectives.items():
+        for name in objective.targets:
+            if recipe.masks[name].kind != "multiblock":
+                raise ValueError(
+                    f"objectives.{label} predicts the target blocks of mask {name!r}, which is of kind "
+                    f"{recipe.masks[name].kind}: set masks.{name}={{kind: multiblock, view: {recipe.masks[name].view}}}"
+                )
+
+
 def _visible(recipe: Recipe, spec: EncoderSpec) -> dict[str, int]:
     counts = {}
     for name, mask in recipe.masks.items():
@@ -217,10 +229,11 @@ def build_groups(recipe: Recipe, pretrainer: Pretrainer) -> list[dict[str, Any]]
     layer_ids, last = ({}, 0) if recipe.optimizer.layer_decay is None else pretrainer.student.layer_ids()
 
     def layer(name: str) -> float:
-        decay = recipe.optimizer.layer_decay
-        if decay is None or not name.startswith("student."):
+        if not name.startswith("student."):
             return 1.0
-        return float(decay ** (last - layer_ids[name.removeprefix("student.")]))
+        decay, name = recipe.optimizer.layer_decay, name.removeprefix("student.")
+        stem = recipe.optimizer.patch_embed_lr if name.startswith("model.patch_embed.") else 1.0
+        return stem if decay is None else float(stem * decay ** (last - layer_ids[name]))
 
     return param_groups(recipe.optimizer, pretrainer.named_parameters(), rules, layer)
 

@@ -57,6 +57,8 @@ class OptimizerSettings(Settings):
     `none`: no parameter is (MoCo v3)"""
     layer_decay: float | None = Field(None, gt=0, le=1)
     """lr of encoder layer i is multiplied by layer_decay ** (layers + 1 - i)"""
+    patch_embed_lr: float = Field(1.0, gt=0, le=1)
+    """lr of the patch embedding is multiplied by it as well (DINOv2: 0.2)"""
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.999], min_length=2, max_length=2)
     eps: float = Field(1e-8, gt=0)
     momentum: float = Field(0.9, ge=0, lt=1)

@@ -63,7 +63,7 @@ class Batch(NamedTuple):
     views: Mapping[str, Tensor]
     """name -> [V*B, C, H, W]; uint8 from the loader, normalised float inside `Objective.loss`"""
     masks: Mapping[str, Tensor]
-    """name -> [V*B, N] bool, True = hidden"""
+    """name -> [V*B, N] bool, True = hidden; for a multiblock mask also NAME.targets -> [V*B, T, N], True = to predict"""
     labels: Tensor | None = None
     """[B] int64, or None: labels are optional everywhere"""
     ids: Tensor | None = None

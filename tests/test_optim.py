@@ -13,6 +13,8 @@ import torch
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 from torch import Tensor, nn
 
+from hybrid_ssl.assemble import build_groups, build_pretrainer, lay_out
+from hybrid_ssl.config import build_recipe
 from hybrid_ssl.encoder import build_encoder
 from hybrid_ssl.objectives.base import ParamRule
 from hybrid_ssl.optim import (
@@ -208,6 +210,27 @@ def test_layer_decay_is_maes_power_on_a_vit() -> None:
     assert {name: ids[name] for name, _ in encoder.named_parameters()} == {
         name: official(name) for name, _ in encoder.named_parameters()
     }
+
+
+def test_patch_embedding_steps_slower_also_below_layer_decay() -> None:
+    """DINOv2: 0.2 x 0.9 ** 5 for the stem of 4 blocks, 0.9 ** 5 for the tokens, 1 for the last norm and the heads."""
+    raw = {
+        "run": {"length": "1 steps", "batch_size": 2, "out": "-"},
+        "encoder": {"name": "vit_tiny_patch16_224", "args": VIT | {"depth": 4}},
+        "data": {"source": "embedded:fashion_mnist"},
+        "views": {"plain": {"size": 16}},
+        "masks": {"units": {"kind": "random", "view": "plain", "ratio": 0.5}},
+        "objectives": {"simmim": {"view": "plain"}},
+        "optimizer": {"lr": 1.0, "patch_embed_lr": 0.2},
+    }
+    for decay in (None, 0.9):
+        recipe = build_recipe(raw | {"optimizer": {"lr": 1.0, "patch_embed_lr": 0.2, "layer_decay": decay}})
+        pretrainer = build_pretrainer(recipe, [0.5] * 3, [0.5] * 3, layout=lay_out(recipe, 1))
+        scale = {name: g["lr_scale"] for g in build_groups(recipe, pretrainer) for name in g["names"]}
+        first = 1.0 if decay is None else 0.9**5
+        assert scale["student.model.patch_embed.proj.weight"] == pytest.approx(0.2 * first)
+        assert scale["student.model.cls_token"] == scale["student.mask_token"] == pytest.approx(first)
+        assert scale["student.model.norm.weight"] == scale["objectives.simmim.head.weight"] == 1.0
 
 
 # clipping

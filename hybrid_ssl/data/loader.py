@@ -108,7 +108,15 @@ class Loader:
             hidden_count(mask, grids[mask.view], stride)  # refuses what does not fit, before a worker does
         starts = {name: _start(mask, total_steps, self.steps_per_epoch) for name, mask in masks.items()}
         self.samples = Samples(
-            source, Decoder.of(data), Views(views, data.jitter), dict(masks), dict(grids), stride, starts, seed
+            source,
+            Decoder.of(data),
+            Views(views, data.jitter),
+            dict(masks),
+            dict(grids),
+            stride,
+            starts,
+            seed,
+            batch_size,
         )
         self.max_broken, self.workers, self.pin_memory, self.on_broken = data.max_broken, workers, pin_memory, on_broken
         self.broken: dict[int, Broken] = {}

@@ -4,7 +4,8 @@ Random masks hide the same number of units in every crop. MAE (arXiv 2111.06377)
 SimMIM (arXiv 2111.09886) hides ceil(ratio x units) squares of 32 pixels whatever the patch size; both are ceil of the
 hidden share. Blocks follow BEiT (arXiv 2106.08254): rectangles of random area and aspect until the target is reached.
 We place them with inclusive bounds: I-JEPA's exclusive ones never hide the last row and column. The share of a block
-mask, and iBOT's coin (arXiv 2111.07832), are drawn for each crop by itself.
+mask, and iBOT's coin (arXiv 2111.07832), are drawn for each crop by itself, or spread evenly over the crops of an
+optimizer step (DINOv2, arXiv 2304.07193).
 
 Legend: a grid is (rows, columns) of tokens, N = rows x columns, row-major; `stride` is the side of a token in pixels.
 """
@@ -17,15 +18,24 @@ from random import Random
 import torch
 from torch import Tensor
 
-from .settings import BlockMask, RandomMask
+from .multiblock import visible_count
+from .settings import BlockMask, MaskSettings, MultiBlockMask, RandomMask
 
 _TRIES = 10  # BEiT: a block that was refused ten times ends the mask
 
 
 def make_mask(
-    settings: RandomMask | BlockMask, grid: tuple[int, int], stride: int, rng: Random, active: bool = True
+    settings: RandomMask | BlockMask,
+    grid: tuple[int, int],
+    stride: int,
+    rng: Random,
+    active: bool = True,
+    share: float | None = None,
 ) -> Tensor:
     """Draw the mask of one crop: bool [N], True = hidden; all False when not `active` (before the mask's `start`).
+
+    Args:
+        share: of a block mask, how much is hidden; None: it is drawn.
 
     Raises:
         ValueError: if the mask's unit does not fit the grid.
@@ -36,10 +46,22 @@ def make_mask(
     if active and isinstance(settings, RandomMask):
         _draw_random(hidden, hidden_units(settings.ratio, rows * columns), rng)
     elif active and isinstance(settings, BlockMask):
-        _draw_blocks(hidden, settings, rng)
+        _draw_blocks(hidden, settings, rng, share)
     if side > 1:  # units of several tokens, expanded in row-major order
         hidden = hidden.repeat_interleave(side, 0).repeat_interleave(side, 1)
     return hidden.flatten()
+
+
+def stratified_shares(settings: BlockMask, crops: int, rng: Random) -> list[float]:
+    """Hidden shares of all crops of an optimizer step: int(p x crops) are masked, one share from each of as many equal
+    parts of `ratio`; the others are 0. In random order."""
+    masked, (low, high) = int(settings.p * crops), settings.ratio
+    shares = [
+        _uniform(rng, low + (high - low) * i / masked, low + (high - low) * (i + 1) / masked) for i in range(masked)
+    ]
+    shares += [0.0] * (crops - masked)
+    noise = [rng.random() for _ in shares]
+    return [shares[i] for i in sorted(range(crops), key=noise.__getitem__)]
 
 
 def hidden_units(ratio: float, units: int) -> int:
@@ -47,12 +69,14 @@ def hidden_units(ratio: float, units: int) -> int:
     return units - int(units * (1 - ratio) + 1e-9)  # 1e-9: 0.75 of 196 must not depend on the last bit of 1 - ratio
 
 
-def hidden_count(settings: RandomMask | BlockMask, grid: tuple[int, int], stride: int) -> int | None:
+def hidden_count(settings: MaskSettings, grid: tuple[int, int], stride: int) -> int | None:
     """Tokens that the mask hides in every crop; None where the number varies.
 
     Raises:
         ValueError: if the mask's unit does not fit the grid, or everything or nothing would be hidden.
     """
+    if isinstance(settings, MultiBlockMask):
+        return grid[0] * grid[1] - visible_count(settings, grid)
     side = _unit_side(settings, grid, stride)
     if isinstance(settings, BlockMask):
         return None
@@ -90,11 +114,11 @@ def _draw_random(hidden: Tensor, count: int, rng: Random) -> None:
     hidden.view(-1)[first] = True
 
 
-def _draw_blocks(hidden: Tensor, settings: BlockMask, rng: Random) -> None:
-    """Fill `hidden` in place with blocks until the drawn share is reached or no block fits any more."""
-    coin, share = rng.random(), _uniform(rng, settings.ratio[0], settings.ratio[1])
-    if coin >= settings.p:
-        return
+def _draw_blocks(hidden: Tensor, settings: BlockMask, rng: Random, share: float | None) -> None:
+    """Fill `hidden` in place with blocks until the share is reached or no block fits any more."""
+    if share is None:
+        coin, share = rng.random(), _uniform(rng, settings.ratio[0], settings.ratio[1])
+        share = share if coin < settings.p else 0.0
     target, count = share * hidden.numel(), 0  # target stays a float, as in the official code
     while count < target:
         budget = target - count

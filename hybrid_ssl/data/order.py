@@ -45,6 +45,8 @@ class MicroBatch(NamedTuple):
     ids: tuple[int, ...]
     items: tuple[Any, ...] | None = None
     """of a stream: where the images are, since they have no numbers"""
+    place: int = 0
+    """which image of the step's whole batch its first one is"""
 
 
 class BatchOrder(Sampler[MicroBatch]):
@@ -95,5 +97,9 @@ class BatchOrder(Sampler[MicroBatch]):
 
     def _split(self, step: int, epoch: int, images: Tensor) -> Iterator[MicroBatch]:
         mine = images.view(self.accumulation, self.world, self.micro_batch)[:, self.rank]  # [A, m]
-        for row in mine.tolist():
-            yield MicroBatch(step, epoch, tuple(row))
+        for part, row in enumerate(mine.tolist()):
+            yield MicroBatch(step, epoch, tuple(row), place=self._place(part))
+
+    def _place(self, part: int) -> int:
+        """Where this rank's micro-batch number `part` of a step begins in the step's whole batch."""
+        return (part * self.world + self.rank) * self.micro_batch

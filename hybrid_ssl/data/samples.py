@@ -18,9 +18,10 @@ from torch import Tensor
 
 from ..plan import Batch
 from .decode import Decoder
-from .masks import make_mask
+from .masks import make_mask, stratified_shares
+from .multiblock import draw_multiblock, draw_sizes
 from .order import MicroBatch, key, keyed
-from .settings import MaskSettings
+from .settings import BlockMask, MaskSettings, MultiBlockMask
 from .sources import Images
 from .streams import Item, Stream
 from .views import Views
@@ -50,6 +51,8 @@ class Samples:
     starts: Mapping[str, float]
     """mask -> the step from which it hides anything"""
     seed: int
+    batch_size: int
+    """images of an optimizer step, over which the shares of a stratified mask are spread"""
 
     def __post_init__(self) -> None:
         self._broken: set[int] = set()
@@ -63,7 +66,9 @@ class Samples:
         views = {
             name: torch.stack([each[name] for each in drawn], 1).flatten(0, 1) for name in drawn[0]
         }  # [V*B, C, h, w]
-        masks = {name: self._masks(name, micro) for name in self.masks}
+        masks: dict[str, Tensor] = {}
+        for name in self.masks:
+            masks |= self._masks(name, micro)
         labels = [label for _, _, label in rows if label is not None]
         batch = Batch(
             views=views,
@@ -111,13 +116,27 @@ class Samples:
         assert micro.items is not None
         return micro.items[micro.ids.index(i)]
 
-    def _masks(self, name: str, micro: MicroBatch) -> Tensor:
-        """bool [V*B, N], view-major like the views."""
-        mask = self.masks[name]
-        active = micro.step >= self.starts[name]
+    def _masks(self, name: str, micro: MicroBatch) -> dict[str, Tensor]:
+        """bool [V*B, N], view-major like the views; of a multiblock mask also `name.targets`, bool [V*B, T, N]."""
+        mask, grid = self.masks[name], self.grids[self.masks[name].view]
         crops = range(self.views.settings[mask.view].crops)
-        drawn = []
-        for i in micro.ids:
-            rng = keyed(self.seed, micro.epoch, i, f"mask {name}")
-            drawn.append(torch.stack([make_mask(mask, self.grids[mask.view], self.stride, rng, active) for _ in crops]))
-        return torch.stack(drawn, 1).flatten(0, 1)
+        generators = [keyed(self.seed, micro.epoch, i, f"mask {name}") for i in micro.ids]
+        if isinstance(mask, MultiBlockMask):
+            sizes = draw_sizes(mask, grid, keyed(self.seed, 0, micro.step, f"sizes {name}"))
+            pairs = [[draw_multiblock(mask, grid, sizes, rng) for _ in crops] for rng in generators]
+            hidden, targets = ([[pair[k] for pair in row] for row in pairs] for k in range(2))
+            return {name: _view_major(hidden), f"{name}.targets": _view_major(targets)}
+        active = micro.step >= self.starts[name]
+        shares: list[float | None] = [None] * (len(crops) * self.batch_size)
+        if isinstance(mask, BlockMask) and mask.stratified:
+            shares = list(stratified_shares(mask, len(shares), keyed(self.seed, 0, micro.step, f"shares {name}")))
+        drawn = [
+            [make_mask(mask, grid, self.stride, rng, active, share) for share in shares[place :: self.batch_size]]
+            for place, rng in enumerate(generators, micro.place)
+        ]
+        return {name: _view_major(drawn)}
+
+
+def _view_major(drawn: list[list[Tensor]]) -> Tensor:
+    """For each image its crops' tensors -> one tensor [V*B, ...]."""
+    return torch.stack([torch.stack(row) for row in drawn], 1).flatten(0, 1)

@@ -177,6 +177,9 @@ class BlockMask(Settings):
     """[low, high]: the target share is drawn uniformly for each crop"""
     p: Share = 1.0
     """probability that a crop is masked at all (iBOT: 0.5)"""
+    stratified: bool = False
+    """false: every crop draws by itself whether and how much is hidden; true: of all crops of an optimizer step exactly
+    the share `p` is masked, one with each of as many equal steps of `ratio` (DINOv2, there in each micro-batch)"""
     min_tokens: int = Field(4, ge=1)
     """area of the smallest block (iBOT: (grid // 3) ** 2, BEiT: 16)"""
     max_tokens: int | None = Field(None, ge=1)
@@ -195,4 +198,29 @@ class BlockMask(Settings):
         return self
 
 
-MaskSettings = Annotated[RandomMask | BlockMask, Field(discriminator="kind")]
+class MultiBlockMask(Settings):
+    """I-JEPA's context and target blocks. Hides all but the context; the targets come as a second mask `NAME.targets`."""
+
+    kind: Literal["multiblock"]
+    view: str
+    targets: int = Field(4, ge=1)
+    """T, number of blocks to be predicted"""
+    target_scale: list[float] = Field([0.15, 0.2], min_length=2, max_length=2)
+    """share of the tokens in one target, [low, high]"""
+    target_aspect: list[float] = Field([0.75, 1.5], min_length=2, max_length=2)
+    """height over width of a target, [low, high]"""
+    context_scale: list[float] = Field([0.85, 1.0], min_length=2, max_length=2)
+    """share of the tokens in the block that the context is taken from, [low, high]"""
+    visible: float = Field(0.25, gt=0, lt=1)
+    """share of the tokens that the context keeps, the same number in every crop"""
+
+    @model_validator(mode="after")
+    def _check(self) -> MultiBlockMask:
+        for name in ("target_scale", "target_aspect", "context_scale"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high or (name.endswith("scale") and high > 1):
+                raise ValueError(f"{name} must be 0 < low <= high{' <= 1' if 'scale' in name else ''}, got {[low, high]}")
+        return self
+
+
+MaskSettings = Annotated[RandomMask | BlockMask | MultiBlockMask, Field(discriminator="kind")]

@@ -131,8 +131,8 @@ class StreamOrder(BatchOrder):
                 next(items)
             for number in range((self.steps_per_epoch - first) * self.accumulation):
                 chosen = tuple(next(items) for _ in range(self.micro_batch))
-                now = step + number // self.accumulation
-                yield MicroBatch(now, epoch, tuple(item.id for item in chosen), chosen)
+                now, part = step + number // self.accumulation, number % self.accumulation
+                yield MicroBatch(now, epoch, tuple(item.id for item in chosen), chosen, self._place(part))
             step += self.steps_per_epoch - first
 
     def _read(self, epoch: int) -> Iterator[Item]:

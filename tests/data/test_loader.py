@@ -129,6 +129,21 @@ def test_two_processes_see_the_batches_of_one(source: Images) -> None:
         assert torch.equal(torch.cat([piece.ids for piece in pieces]), batch.ids)
 
 
+def test_a_stratified_mask_counts_over_the_whole_step(source: Images) -> None:
+    masks = {"block": BlockMask(kind="block", view="global", p=0.5, min_tokens=1, stratified=True)}
+    whole = take(load(source, masks=masks), 3)
+    for batch in whole:
+        shares = batch.masks["block"].float().mean(1)
+        assert (shares > 0).sum() == 16 and shares.max() > 0.4  # of 2 x 16 crops
+    assert not torch.equal(whole[0].masks["block"].any(1), whole[1].masks["block"].any(1))
+    split = {"masks": masks, "world": 2, "micro_batch": 4}
+    parts = [take(load(source, rank=rank, **split), 6) for rank in (0, 1)]
+    for step, batch in enumerate(whole):
+        pieces = [parts[rank][2 * step + micro].masks["block"] for micro in (0, 1) for rank in (0, 1)]
+        joined = torch.cat([piece.unflatten(0, (-1, 4)) for piece in pieces], 1).flatten(0, 1)
+        assert torch.equal(joined, batch.masks["block"])
+
+
 def test_identical_pictures_never_share_an_augmentation(tmp_path: Path) -> None:
     for i in range(16):
         Image.linear_gradient("L").resize((40, 40)).convert("RGB").save(tmp_path / f"{i:02d}.png")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybrid_ssl.data.masks import hidden_count, make_mask
+from hybrid_ssl.data.masks import hidden_count, make_mask, stratified_shares
 from hybrid_ssl.data.order import keyed
 from hybrid_ssl.data.settings import BlockMask, RandomMask
 
@@ -88,6 +88,25 @@ def test_coin_leaves_half_of_the_crops_whole() -> None:
     assert 0.42 < masks.any(1).float().mean() < 0.58
     shares = masks[masks.any(1)].float().mean(1)
     assert shares.min() < 0.15 and shares.max() > 0.45  # uniform in [0.1, 0.5]
+
+
+def test_stratified_shares_cover_the_range_in_equal_steps() -> None:
+    """DINOv2: exactly int(p x crops) crops are masked, one from each of as many equal parts of the range."""
+    settings = block_mask(p=0.5, ratio=[0.1, 0.5], stratified=True)
+    shares = stratified_shares(settings, 41, keyed(0, 0, 3, "shares"))
+    masked = sorted(share for share in shares if share)
+    assert len(shares) == 41 and len(masked) == 20
+    assert all(0.1 + 0.02 * i <= share <= 0.1 + 0.02 * (i + 1) for i, share in enumerate(masked))
+    assert [share for share in shares if share] != masked  # shuffled
+    assert stratified_shares(settings, 41, keyed(0, 0, 3, "shares")) == shares
+    assert stratified_shares(settings, 41, keyed(0, 0, 4, "shares")) != shares
+
+
+def test_a_given_share_is_hidden_whatever_the_coin_says() -> None:
+    settings = block_mask(p=0.01, min_tokens=4)
+    masks = [make_mask(settings, (14, 14), 16, keyed(0, 0, i, "mask"), share=0.4) for i in range(20)]
+    assert all(0.36 < mask.float().mean() <= 0.4 for mask in masks)
+    assert not make_mask(block_mask(), (14, 14), 16, keyed(0, 0, 0, "mask"), share=0.0).any()
 
 
 def test_max_tokens_limits_a_block() -> None:

@@ -95,6 +95,9 @@ def build_pretrainer(
     if any(need.mask and not need.drop for need in plan):
         encoder.add_mask_token()
     encoder.gradient_checkpointing = recipe.run.gradient_checkpointing
+    for option in ("gradient_checkpointing", "compile"):
+        if getattr(recipe.run, option) and not encoder.blocks():
+            raise ValueError(f"run.{option} works on the blocks of a ViT or Swin; {recipe.encoder.name} has none")
     return Pretrainer(
         encoder,
         objectives,
@@ -164,7 +167,7 @@ def check_masks(recipe: Recipe, plan: tuple[Forward, ...]) -> None:
 def check_targets(recipe: Recipe, objectives: Mapping[str, Objective]) -> None:
     """ValueError for a mask without the target blocks that an objective reads."""
     for label, objective in objectives.items():
-        for name in objective.targets:
+        for name in objective.target_masks:
             if recipe.masks[name].kind != "multiblock":
                 raise ValueError(
                     f"objectives.{label} predicts the target blocks of mask {name!r}, which is of kind "

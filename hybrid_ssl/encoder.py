@@ -27,9 +27,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .nn.adapters import Adapter
 from .nn.attention import prefers_fused
+from .nn.patches import gather_rows
 from .nn.sincos import sincos_2d
-from .plan import EncoderSpec, Tokens, visible_rows
+from .plan import EncoderSpec, Modality, Tokens, visible_rows
 from .settings import EncoderSettings
 
 
@@ -59,6 +61,8 @@ class Encoder(nn.Module):
         super().__init__()
         self.model: Any = model  # timm's classes share no typed interface
         self.mask_token: nn.Parameter | None = None
+        self.adapters = nn.ModuleDict()
+        """view of another modality -> what makes tokens of it"""
         self.gradient_checkpointing = False
         self.noise_rows = self._replace_drop_path()
         """rows of noise that a pass takes: one for each stochastic residual branch"""
@@ -71,6 +75,7 @@ class Encoder(nn.Module):
         visible: int | None = None,
         positions: bool = True,
         layers: int = 0,
+        beside: Mapping[str, Tensor] | None = None,
         noise: Tensor | None = None,
     ) -> Tokens:
         """Encode crops.
@@ -82,10 +87,12 @@ class Encoder(nn.Module):
                 replaces them.
             positions: False: patches are embedded without their positions; needs `forgets_positions`.
             layers: how many of the last blocks' outputs to return, at most `self.layers`.
+            beside: crops of other modalities by their adapters' names; `mask` is [R, M*N], over all tokens.
             noise: [noise_rows, R] uniform in [0, 1) for stochastic depth; None switches it off.
         """
         if mask is not None:
             raise ValueError(f"{type(self.model).__name__} patches cannot be masked: use a timm ViT, Swin or SwinV2")
+        _set_noise(self.model, noise)
         features = self.model.forward_features(images)
         pooled = self.model.forward_head(features, pre_logits=True)
         return Tokens(pooled, pooled.unsqueeze(1))
@@ -100,6 +107,11 @@ class Encoder(nn.Module):
         self.mask_token = nn.Parameter(torch.empty(1, 1, self._token_dim()))
         nn.init.trunc_normal_(self.mask_token, std=0.02)  # as SimMIM; iBOT starts at zero
 
+    def add_adapters(self, modalities: Mapping[str, Modality], grid: tuple[int, int]) -> None:
+        """For runs in which some pass reads views of other modalities, all with the token grid `grid`."""
+        for view, kind in modalities.items():
+            self.adapters[view] = Adapter(self._token_dim(), grid, kind.patch, kind.channels, kind.classes)
+
     def blocks(self) -> list[nn.Module]:
         """The residual blocks in order; empty for other families."""
         return []
@@ -108,6 +120,10 @@ class Encoder(nn.Module):
     def layers(self) -> int:
         """Blocks at the end whose outputs have the shape of the patches."""
         return len(self.blocks())
+
+    def synchronise_batchnorm(self) -> None:
+        """Normalise over all processes where the model has BatchNorm; torch can do that on GPUs only."""
+        self.model = timm.layers.convert_sync_batchnorm(self.model)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of output tokens; ValueError when the size does not fit."""
@@ -157,7 +173,8 @@ class Encoder(nn.Module):
         last = max(ids.values(), default=0) + 1  # of the norm, and of heads behind it: the full rate
         norms = ("norm.", "fc_norm.")  # timm counts them to the last block
         named = {f"model.{name}": last if name.startswith(norms) else layer for name, layer in ids.items()}
-        return named | {"mask_token": 0}, last
+        adapters = {f"adapters.{name}": 0 for name, _ in self.adapters.named_parameters()}
+        return named | {"mask_token": 0} | adapters, last
 
     def _token_dim(self) -> int:
         raise ValueError(f"{type(self.model).__name__} takes no mask token: use a timm ViT, Swin or SwinV2")
@@ -172,7 +189,7 @@ class Encoder(nn.Module):
         return row
 
     def _run(self, block: nn.Module, x: Tensor, noise: Tensor | None, rope: Tensor | None = None) -> Tensor:
-        """One block, recomputed in the backward pass if asked for; noise is an argument, so that it is the same then."""
+        """One block, recomputed in the backward pass if asked for; noise is an argument, to be the same then."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             out: Tensor = checkpoint(_run_block, block, x, noise, rope, use_reentrant=False)
             return out
@@ -191,10 +208,14 @@ class Encoder(nn.Module):
                 module.fused_attn = fused
 
 
-def _run_block(block: nn.Module, x: Tensor, noise: Tensor | None, rope: Tensor | None) -> Tensor:
-    for branch in block.modules():
+def _set_noise(module: nn.Module, noise: Tensor | None) -> None:
+    for branch in module.modules():
         if isinstance(branch, StochasticDepth):
             branch.noise = None if noise is None else noise[branch.row]
+
+
+def _run_block(block: nn.Module, x: Tensor, noise: Tensor | None, rope: Tensor | None) -> Tensor:
+    _set_noise(block, noise)
     out: Tensor = block(x) if rope is None else block(x, rope=rope)
     return out
 
@@ -227,13 +248,17 @@ class VitEncoder(Encoder):
         visible: int | None = None,
         positions: bool = True,
         layers: int = 0,
+        beside: Mapping[str, Tensor] | None = None,
         noise: Tensor | None = None,
     ) -> Tokens:
         grid = (images.shape[-2] // self.stride, images.shape[-1] // self.stride)
         if visible is not None:
             assert mask is not None
             ids = visible_rows(mask, visible)
-            x, rope = self._embed_visible(images, ids, grid) if positions else self._as_set(images, ids, grid)
+            if beside:
+                x, rope = self._embed_several(images, beside, ids, grid)
+            else:
+                x, rope = self._embed_visible(images, ids, grid) if positions else self._as_set(images, ids, grid)
         elif not positions:
             assert mask is None, "without positions one mask token is as good as another"
             x, rope = self._as_set(images, None, grid)
@@ -288,6 +313,19 @@ class VitEncoder(Encoder):
             return x, rope[ids].unsqueeze(1)  # [R, 1, n, d]
         return x, rope[:, :, ids].transpose(1, 2)  # [depth, heads, N, d] -> [depth, R, heads, n, d]
 
+    def _embed_several(
+        self, images: Tensor, beside: Mapping[str, Tensor], ids: Tensor, grid: tuple[int, int]
+    ) -> tuple[Tensor, None]:
+        """Tokens at `ids` [R, n] of the images and then the other modalities, behind the images' prefix.
+
+        All tokens are embedded, since rows differ in how many of a modality they keep: 4 % of a ViT-B's work.
+        """
+        x, _ = self._positions(self._embed(images, None), grid)  # [R, prefix + N, D]
+        prefix = self.model.num_prefix_tokens
+        others = [self.adapters[view](crops).to(x.dtype) for view, crops in beside.items()]
+        tokens = gather_rows(torch.cat([x[:, prefix:], *others], dim=1), ids)  # [R, M*N, D] -> [R, n, D]
+        return torch.cat([x[:, :prefix], tokens], dim=1), None
+
     def _as_set(self, images: Tensor, ids: Tensor | None, grid: tuple[int, int]) -> tuple[Tensor, None]:
         """Patches without positions behind the class token and registers, which keep theirs."""
         x = self._embed(images, ids)
@@ -331,6 +369,7 @@ class SwinEncoder(Encoder):
         visible: int | None = None,
         positions: bool = True,
         layers: int = 0,
+        beside: Mapping[str, Tensor] | None = None,
         noise: Tensor | None = None,
     ) -> Tokens:
         if visible is not None:

@@ -12,9 +12,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .encoder import Encoder
 from .frozen import Frozen
+from .nn.adapters import standardise
 from .objectives.base import Objective
 from .plan import Batch, EncoderSpec, Forward, Tokens, union
 from .schedule import Progress, value_at
@@ -66,6 +68,7 @@ class Pretrainer(nn.Module):
         if any(need.net == "teacher" for need in self.plan):
             self.teacher = copy.deepcopy(student)
             self.teacher.mask_token = None  # a teacher sees whole images
+            self.teacher.adapters = nn.ModuleDict()
             self.teacher.requires_grad_(False)
         self.frozen = nn.ModuleDict(frozen or {})
         self._check_frozen()
@@ -78,21 +81,37 @@ class Pretrainer(nn.Module):
 
     def forward(self, batch: Batch, now: Progress) -> tuple[Tensor, dict[str, Tensor]]:
         """One micro-batch: (the weighted sum of losses, what to log as `label/term`)."""
-        batch, tokens = self.encode(batch, now)
+        resting = self._resting(now)
+        batch, tokens = self.encode(batch, now, resting)
         total: Tensor | None = None
         logs: dict[str, Tensor] = {}
         for label, objective in self.parts.items():
-            terms = objective.loss(tokens, batch, now)
+            terms = {"loss": _nothing(objective, tokens)} if label in resting else objective.loss(tokens, batch, now)
             weighted = terms["loss"] * value_at(self.weights[label], now)
             total = weighted if total is None else total + weighted
             logs |= {f"{label}/{term}": value.detach() for term, value in terms.items()}
         assert total is not None
         return total, {"loss": total.detach()} | logs
 
-    def encode(self, batch: Batch, now: Progress) -> tuple[Batch, dict[Forward, Tokens]]:
-        """Run the plan: (the batch with normalised views, the tokens of every pass)."""
-        batch = batch._replace(views={name: self.normalise(images) for name, images in batch.views.items()})
-        return batch, {need: self._run(need, batch, now, index) for index, need in enumerate(self.plan)}
+    def encode(
+        self, batch: Batch, now: Progress, resting: frozenset[str] = frozenset()
+    ) -> tuple[Batch, dict[Forward, Tokens]]:
+        """Run the plan: (the batch with normalised views, the tokens of every pass). Frozen passes are left out that
+        only objectives ask for which rest."""
+        awake = {need for label, part in self.parts.items() if label not in resting for need in part.needs}
+        batch = batch._replace(views={name: self._ready(name, crops) for name, crops in batch.views.items()})
+        return batch, {
+            need: self._run(need, batch, now, index)
+            for index, need in enumerate(self.plan)
+            if need in awake or need.net not in self.frozen
+        }
+
+    def _ready(self, view: str, crops: Tensor) -> Tensor:
+        """A view as encoder and losses want it: normalised, standardised, or ids as they are."""
+        modality = self.spec.modalities.get(view)
+        if modality is None:
+            return self.normalise(crops)
+        return standardise(crops) if modality.classes is None and modality.standardise else crops
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 in 0..255 -> normalised float; float images pass as they are."""
@@ -115,10 +134,13 @@ class Pretrainer(nn.Module):
                 frozen.copy_from(self.encoder(frozen.cfg.of or "student"))
 
     def train(self, mode: bool = True) -> Pretrainer:
-        """Like any module's, but the teacher encoder stays in `eval`; teacher heads with BatchNorm follow `mode`."""
+        """The teacher encoder stays in `eval`, without stochastic depth; BatchNorm in it and in its heads follows `mode`."""
         super().train(mode)
         if self.teacher is not None:
             self.teacher.eval()
+            for module in self.teacher.modules():
+                if isinstance(module, _BatchNorm):  # a ResNet's statistics do not follow the student: they are its own
+                    module.train(mode)
         return self
 
     @property
@@ -145,9 +167,26 @@ class Pretrainer(nn.Module):
                 return self.teacher(images, positions=need.positions, layers=need.layers)
         noise = self._noise(images, now, index, crops=self.spec.crops[need.view]) if self.training else None
         tokens: Tokens = self.student(
-            images, mask, visible=visible, positions=need.positions, layers=need.layers, noise=noise
+            images,
+            mask,
+            visible=visible,
+            positions=need.positions,
+            layers=need.layers,
+            beside={view: batch.views[view] for view in need.beside},
+            noise=noise,
         )
         return tokens
+
+    def _resting(self, now: Progress) -> frozenset[str]:
+        """Objectives whose weight is 0 at this step, and for which a frozen encoder would look in vain. Not those with
+        parameters: DDP waits for the same gradients in every step."""
+        return frozenset(
+            label
+            for label, objective in self.parts.items()
+            if value_at(self.weights[label], now) == 0
+            and any(need.net in self.frozen for need in objective.needs)
+            and not any(parameter.requires_grad for parameter in objective.parameters())
+        )
 
     def _frozen(self) -> dict[str, Frozen]:
         return cast(dict[str, Frozen], dict(self.frozen.items()))
@@ -190,6 +229,12 @@ class Pretrainer(nn.Module):
         return teachers, students
 
 
+def _nothing(objective: Objective, tokens: Mapping[Forward, Tokens]) -> Tensor:
+    """0, in the graph of the student's passes."""
+    seen = [tokens[need] for need in objective.needs if need.net == "student"]
+    return torch.stack([0.0 * (both.cls.sum() + both.patches.sum()) for both in seen]).sum()
+
+
 def _check_plan(plan: tuple[Forward, ...], student: Encoder, visible: Mapping[str, int]) -> None:
     """ValueError for a pass that this encoder cannot run."""
     kind = type(student.model).__name__
@@ -207,6 +252,11 @@ def _check_plan(plan: tuple[Forward, ...], student: Encoder, visible: Mapping[st
             raise ValueError(
                 f"'{need}': {kind} needs every patch in its windows, so hidden ones cannot be dropped; use a ViT, or "
                 "an objective that replaces them by a mask token: simmim, ibot"
+            )
+        if need.beside and not student.forgets_positions:
+            raise ValueError(
+                f"'{need}': {kind} has its positions inside attention, where other modalities have none; use a timm "
+                "VisionTransformer, whose positions are added to the patches"
             )
         if need.drop and need.mask not in visible:
             raise ValueError(f"'{need}': dropped masks hide the same number of patches in every crop; use kind: random")

@@ -93,6 +93,9 @@ class Run:
         self.mean, self.std = resolve_mean_std(recipe.data, self.source)
         rank = self.accelerator.process_index
         self.pretrainer = build_pretrainer(recipe, self.mean, self.std, layout=self.layout, rank=rank)
+        if self.layout.world > 1 and self.device.type == "cuda":
+            for encoder in filter(None, (self.pretrainer.student, self.pretrainer.teacher)):
+                encoder.synchronise_batchnorm()
         self.steps_per_epoch = max(1, len(self.source) // recipe.run.batch_size)
         self.total = total_steps(recipe, self.steps_per_epoch)
         self.loader = build_loader(
@@ -176,7 +179,10 @@ class Run:
         config = self.recipe.model_dump(mode="json")
         self.meter = Meter(run.batch_size, self.total, start)
         with RunLog(out, self.total, start, main=self.main, trackers=run.trackers, config=config) as self.log:
-            code = self._loop(start)
+            try:
+                code = self._loop(start)
+            finally:
+                self.outcome.stop_pushing()
         self.log = None
         self.accelerator.end_training()
         return code
@@ -263,8 +269,9 @@ class Run:
                 return COLLAPSED
             if self._due(run.checkpoint_every, done) and not self.save(done):
                 return NON_FINITE
-            if self.recipe.export.every and self._due(self.recipe.export.every, done):
-                self._export(done)
+            push = self._due(self.recipe.hub.push, done)
+            if push or self._due(self.recipe.export.every, done):
+                self._export(done, push=push)
         return DONE
 
     def _report(self, done: int) -> int:
@@ -285,7 +292,9 @@ class Run:
             self.say(f"skipped {flags.count(False)} steps with a non-finite loss or gradient before step {done}")
         return DONE
 
-    def _due(self, every: str, done: int) -> bool:
+    def _due(self, every: str | None, done: int) -> bool:
+        if every is None:
+            return False
         interval = max(1, round(to_steps(every, self.total, self.steps_per_epoch)))
         return done % interval == 0
 
@@ -387,9 +396,9 @@ class Run:
         self._export(done, last=True)
         return DONE
 
-    def _export(self, done: int, last: bool = False) -> None:
+    def _export(self, done: int, push: bool = False, last: bool = False) -> None:
         spent = Spent(done, self.steps_per_epoch, self.seconds)
-        self.outcome.export(self.pretrainer, self.out, spent, say=self.say, last=last)
+        self.outcome.export(self.pretrainer, self.out, spent, say=self.say, push=push, last=last)
 
     def _note_broken(self, image: Broken) -> None:
         text = f"broken image, replaced: {image.name}: {image.reason}"

@@ -51,6 +51,30 @@ class ExportSettings(Settings):
     """reload in a fresh process with timm (and transformers, if installed) and compare outputs"""
 
 
+class HubSettings(Settings):
+    """Where the encoder is pushed to, with the token of the environment (HF_TOKEN) or of `hf auth login`."""
+
+    repo: str | None = None
+    """`user/name` on the Hugging Face Hub; null: nothing leaves this machine"""
+    private: bool = True
+    """of a repository that is made; one that is there and public is then refused"""
+    push: Duration | None = None
+    """also push during the run; at its end always"""
+
+    @field_validator("repo")
+    @classmethod
+    def _has_owner(cls, repo: str | None) -> str | None:
+        if repo is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", repo):
+            raise ValueError(f"{repo!r} is no repository of the Hub: write user/name")
+        return repo
+
+    @model_validator(mode="after")
+    def _push_has_a_place(self) -> HubSettings:
+        if self.push and not self.repo:
+            raise ValueError("push needs a repository: set hub.repo to user/name")
+        return self
+
+
 class RunSettings(Settings):
     """How long, how large, where to."""
 
@@ -101,6 +125,7 @@ class Recipe(Settings):
     optimizer: OptimizerSettings
     monitor: MonitorSettings = MonitorSettings()
     export: ExportSettings = ExportSettings()
+    hub: HubSettings = HubSettings()
 
     @model_validator(mode="after")
     def _views_exist(self) -> Recipe:

@@ -16,6 +16,7 @@ from .data.sources import Source
 from .engine import gathered, hardware
 from .hub.export import export_encoder
 from .hub.facts import facts_of
+from .hub.pushes import PushesOfRun
 from .monitor.probe import Probe
 from .pretrainer import Pretrainer
 
@@ -43,6 +44,7 @@ class Outcome:
         self.recipe, self.source, self.accelerator, self.mean, self.std = recipe, source, accelerator, mean, std
         self.numbers: dict[str, float] = {}
         """k-NN accuracy of `raw pixels`, `before training` and the newest of `teacher` and `student`"""
+        self.pushes: PushesOfRun | None = None
         self._probe = self._build_probe()
 
     def state(self) -> dict[str, float]:
@@ -73,14 +75,32 @@ class Outcome:
         spent: Spent,
         *,
         say: Say,
+        push: bool = False,
         last: bool = False,
     ) -> None:
-        """Write and check `out/encoder`; at the end also say how to load it."""
+        """Write and check `out/encoder`, and begin to push it; at the end also say how to load it.
+
+        At the end the other processes are past their last meeting when the main one waits for the Hub.
+        """
         if self.accelerator.is_main_process:
             self._export(pretrainer, out / "encoder", spent, say)
             if last:
                 self._goodbye(pretrainer, out / "encoder", say)
         self.accelerator.wait_for_everyone()
+        hub = self.recipe.hub
+        if hub.repo is None or not self.accelerator.is_main_process or not (push or last):
+            return
+        self.pushes = self.pushes or PushesOfRun(out, hub.repo, private=hub.private, say=say)
+        if last:
+            self.pushes.finish()
+        self.pushes.start(out / "encoder", f"step {spent.steps}")
+        if last:
+            self.pushes.finish()
+
+    def stop_pushing(self) -> None:
+        """The run ends early: a push that goes on is ended."""
+        if self.pushes is not None:
+            self.pushes.stop()
 
     def _measure(self, pretrainer: Pretrainer, network: str) -> dict[str, float]:
         encoder = pretrainer.encoder(network)

@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "assemble": MODEL | {"optim", "pretrainer", "data", "config", "frozen"},
     "contract": {"config", "checkpoint"},
     "engine": {"config", "plan", "nn"},
-    "hub": MODEL | {"storage", "checkpoint", "config", "data"},
+    "hub": MODEL | {"storage", "checkpoint", "config", "data", "monitor"},
     "outcome": MODEL | {"pretrainer", "data", "monitor", "config", "engine", "hub"},
     "gallery": MODEL | {"pretrainer", "data", "monitor", "config"},
     "train": MODEL | RUN | {"optim", "pretrainer", "data", "storage", "checkpoint", "monitor", "config", "hub"},

@@ -11,7 +11,7 @@ import timm
 from torch import Tensor
 
 from .. import checkpoint
-from ..config import Recipe, build_recipe
+from ..config import build_recipe
 from ..encoder import build_encoder
 from ..storage import publish
 from .export import Export, export_encoder

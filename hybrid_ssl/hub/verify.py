@@ -99,13 +99,17 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
         ) from None
 
 
-def _environment() -> dict[str, str]:
-    """Ours, without what belongs to the launcher: one process, on the CPU, no network, as many threads as here."""
+def launcher_free() -> dict[str, str]:
+    """Our environment without what belongs to the launcher, for one more process that finds this package."""
     launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     environment = {k: v for k, v in os.environ.items() if k not in launcher and not k.startswith("ACCELERATE_")}
     paths = [str(_PACKAGES), environment.get("PYTHONPATH", "")]
-    return environment | {
-        "PYTHONPATH": os.pathsep.join(p for p in paths if p),
+    return environment | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)}
+
+
+def _environment() -> dict[str, str]:
+    """One process, on the CPU, no network, as many threads as here."""
+    return launcher_free() | {
         "OMP_NUM_THREADS": str(torch.get_num_threads()),  # sums depend on how they are split
         "TIMM_FUSED_ATTN": "0",  # fused and plain attention round differently
         "CUDA_VISIBLE_DEVICES": "",

@@ -146,6 +146,23 @@ def test_a_frozen_encoder_is_in_the_state_and_has_no_gradient_nor_noise() -> Non
     assert not [name for name in names if name.startswith("frozen")]
 
 
+def test_without_weight_the_frozen_pass_is_not_run() -> None:
+    weight = {"start": 0.0, "end": 2.0, "after": "2 steps", "over": "2 steps"}
+    recipe = recipe_of({"gram": {"of": "teacher"}}, {"weight": weight})
+    pretrainer = assemble(recipe).train()
+    batch, frozen = next(batches(recipe, pretrainer)), pretrainer.frozen["gram"]
+    calls: list[int] = []
+    frozen.register_forward_hook(lambda *_: calls.append(step))
+    for step in range(5):
+        pretrainer.zero_grad()
+        loss, logs = pretrainer(batch, Progress(step, 6, 4))
+        loss.backward()
+        assert not [name for name, p in pretrainer.named_parameters() if p.requires_grad and p.grad is None]
+        assert (logs["gram/loss"] > 0) == (step > 2)
+        torch.testing.assert_close(loss.detach(), logs["dinov2/loss"] + max(0, step - 2) * logs["gram/loss"])
+    assert calls == [3, 4]
+
+
 def test_a_larger_picture_of_another_view_leaves_the_encoders_size() -> None:
     recipe = recipe_of({"gram": {"of": "teacher"}})
     pretrainer = assemble(recipe)

@@ -32,6 +32,34 @@ class ProbeSettings(Settings):
     """side in pixels; null: the size of the first view"""
 
 
+class ModalitySettings(Settings):
+    """Something else that is known of every pixel of an image, e.g. depth or a label map: where it is from."""
+
+    column: str | None = None
+    """a column of the data set"""
+    source: str | list[str] | None = None
+    """folders of pictures that are called like the images, up to the ending"""
+    derive: Literal["gray", "sobel", "levels"] | None = None
+    """computed from the image: brightness, strength of edges, or brightness in `classes` steps as a label map"""
+    channels: int = Field(1, ge=1, le=512)
+    classes: int | None = Field(None, ge=2, le=32_000)
+    """a label map with ids 0 .. classes - 1; null: continuous values, floats or integers that are scaled to 0..1"""
+    unlabelled: int | None = None
+    """id of pixels without label, often 255"""
+    standardise: bool = True
+    """continuous: each crop is standardised by mean and deviation of its middle 80 % of values"""
+
+    @model_validator(mode="after")
+    def _check(self) -> ModalitySettings:
+        if sum(origin is not None for origin in (self.column, self.source, self.derive)) != 1:
+            raise ValueError("a modality is from one of: a `column` of the data set, a `source` folder, `derive`")
+        if (self.derive == "levels") != (self.derive is not None and self.classes is not None):
+            raise ValueError("derive: levels needs `classes`, the number of steps; gray and sobel have none")
+        if self.derive is not None and self.channels != 1:
+            raise ValueError(f"derive: {self.derive} gives one channel, got channels: {self.channels}")
+        return self
+
+
 class DataSettings(Settings):
     """Where images come from. Labels are optional everywhere."""
 
@@ -66,6 +94,8 @@ class DataSettings(Settings):
     """larger images count as broken (a 20 kB PNG can unpack to gigabytes)"""
     max_broken: Share = 0.01
     """the run stops when a larger share of the images is broken"""
+    modalities: dict[str, ModalitySettings] = {}
+    """name -> what else is known of each pixel; views show it by `modality`"""
     probe: ProbeSettings | None = None
 
     @model_validator(mode="after")
@@ -109,6 +139,11 @@ class ViewSettings(Settings):
     solarize_threshold: float = Field(0.5, ge=0, le=1)
     like: str | None = None
     """another view whose boxes and flips are used, at this view's size (a tokenizer's smaller picture)"""
+    shift: int = Field(0, ge=0)
+    """resize the boxes to this many pixels more than `size`, and take a window of `size` out of them: the top left one,
+    or with `like` one that is 0 to shift - 1 pixels further down and to the right (CMAE: 32)"""
+    modality: str | None = None
+    """one of `data.modalities`, cut like the view that this one is `like`; a smaller size gives smaller patches"""
     turns: bool = False
     """all crops are one square, crop k turned by k x 90 degrees (rotation)"""
     cutpaste: list[Literal["none", "patch", "scar"]] | None = None
@@ -148,6 +183,10 @@ class ViewSettings(Settings):
             )
         if self.cutpaste is not None and (len(set(self.cutpaste)) != self.crops or len(self.cutpaste) != self.crops):
             raise ValueError(f"cutpaste names a different defect for each of {self.crops} crops, got {self.cutpaste}")
+        if self.modality is not None and self.like is None:
+            raise ValueError(f"a view of modality {self.modality} is cut like one of the images: set `like`")
+        if self.modality is not None and (self.jitter or self.gray or self.blur or self.solarize or self.one_box):
+            raise ValueError(f"jitter, gray, blur, solarize and cutpaste are for images, not for {self.modality}")
         per_crop = {"gray": self.gray, "blur": self.blur, "solarize": self.solarize}
         if self.jitter:
             per_crop["jitter.p"] = self.jitter.p
@@ -219,8 +258,23 @@ class MultiBlockMask(Settings):
         for name in ("target_scale", "target_aspect", "context_scale"):
             low, high = getattr(self, name)
             if not 0 < low <= high or (name.endswith("scale") and high > 1):
-                raise ValueError(f"{name} must be 0 < low <= high{' <= 1' if 'scale' in name else ''}, got {[low, high]}")
+                raise ValueError(
+                    f"{name} must be 0 < low <= high{' <= 1' if 'scale' in name else ''}, got {[low, high]}"
+                )
         return self
 
 
-MaskSettings = Annotated[RandomMask | BlockMask | MultiBlockMask, Field(discriminator="kind")]
+class DirichletMask(Settings):
+    """MultiMAE's: random tokens of several modalities, whose shares are drawn for each crop."""
+
+    kind: Literal["dirichlet"]
+    view: str
+    beside: list[str]
+    """the views of other modalities, in the order of their tokens; they are `like` that view"""
+    ratio: float = Field(gt=0, lt=1)
+    """share of all tokens that is hidden; ceil(ratio x tokens) are"""
+    alpha: float = Field(1.0, ge=0.1, le=1000)
+    """1: every division is equally likely; smaller: mostly one modality is seen; larger: as much of each"""
+
+
+MaskSettings = Annotated[RandomMask | BlockMask | MultiBlockMask | DirichletMask, Field(discriminator="kind")]

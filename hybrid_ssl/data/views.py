@@ -66,7 +66,11 @@ class Views:
         for name, view in self.settings.items():
             base = view.like or name
             boxes = draw_boxes(self.settings[base], height, width, keyed(seed, epoch, sample_id, f"{base}/box"))
-            crops = [cut(image, box, view.height_width, view.interpolation) for box in boxes]
+            size = (view.height_width[0] + view.shift, view.height_width[1] + view.shift)
+            crops = [cut(image, box, size, view.interpolation) for box in boxes]
+            if view.shift:
+                rng = keyed(seed, epoch, sample_id, f"{name}/shift")
+                crops = [_window(crop, view, rng) for crop in crops]
             if name in self._coloured:
                 rng = keyed(seed, epoch, sample_id, f"{base}/colour")
                 crops = [self._colour(crop, view, number, rng) for number, crop in enumerate(crops)]
@@ -116,6 +120,13 @@ def cut(image: Tensor, box: Box, size: tuple[int, int], interpolation: str) -> T
     return crop[0].contiguous()
 
 
+def _window(crop: Tensor, view: ViewSettings, rng: Random) -> Tensor:
+    """The part of a crop, cut larger by `shift`, that the view shows."""
+    height, width = view.height_width
+    top, left = (int(rng.random() * view.shift) if view.like else 0 for _ in range(2))
+    return crop[:, top : top + height, left : left + width].contiguous()
+
+
 def _random_box(view: ViewSettings, height: int, width: int, rng: Random) -> Box:
     low, high = math.log(view.ratio[0]), math.log(view.ratio[1])
     for _ in range(_TRIES):
@@ -143,3 +154,8 @@ def _check_like(name: str, view: ViewSettings, views: Mapping[str, ViewSettings]
         raise ValueError(f"view {name!r} is like {view.like!r}, which is like {other.like!r}: name that one")
     if other.crops != view.crops:
         raise ValueError(f"view {name!r} has {view.crops} crops, {view.like!r} has {other.crops}: they must be as many")
+    if other.shift != view.shift:
+        raise ValueError(
+            f"view {name!r} has shift {view.shift}, {view.like!r} has {other.shift}: a shifted window "
+            "and its partner come from the same larger crop, so both need the same shift"
+        )

@@ -62,6 +62,18 @@ class Decoder(nn.Module):
         Returns:
             [B, N_hidden, L], in the order of `hidden`.
         """
+        return self.pred(self.norm(self._decode(cls, patches, visible, hidden, last=hidden.shape[1])))
+
+    def mean(self, cls: Tensor, patches: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
+        """Mean of the predictions at all N patches, visible and hidden: [B, L]. The arguments are those of `forward`.
+
+        Taken before the linear layer, which gives the same for one row instead of N.
+        """
+        x = self._decode(cls, patches, visible, hidden, last=visible.shape[1] + hidden.shape[1])
+        return self.pred(self.norm(x).mean(1))
+
+    def _decode(self, cls: Tensor, patches: Tensor, visible: Tensor, hidden: Tensor, last: int) -> Tensor:
+        """The last block's output at the `last` tokens of [class, visible, hidden]: [B, last, d]."""
         b, n = hidden.shape
         known = torch.cat([cls.unsqueeze(1), patches], dim=1)
         known = self.embed(for_weight(known, self.embed.weight))  # [B, 1 + N_visible, d]
@@ -70,8 +82,8 @@ class Decoder(nn.Module):
         x = x + gather_rows(self.pos_embed.expand(b, -1, -1), order)
         for block in self.blocks[:-1]:
             x = block(x)
-        x = self.blocks[-1](x, last=n)  # [B, N_hidden, d]
-        return self.pred(self.norm(x))
+        out: Tensor = self.blocks[-1](x, last=last)
+        return out
 
 
 def _init(module: nn.Module) -> None:

@@ -33,6 +33,7 @@ class Mlp(nn.Sequential):
         bias: biases of the hidden layers.
         last_bias: bias of the last layer.
         activation: after each hidden layer.
+        eps: of every BatchNorm.
     """
 
     def __init__(
@@ -44,13 +45,14 @@ class Mlp(nn.Sequential):
         bias: bool = False,
         last_bias: bool = False,
         activation: type[nn.Module] = nn.ReLU,
+        eps: float = 1e-5,
     ) -> None:
         layers: list[nn.Module] = []
         for i, o in zip(dims[:-2], dims[1:-1], strict=True):
-            layers += [nn.Linear(i, o, bias=bias), *([SyncBatchNorm1d(o)] if norm else []), activation()]
+            layers += [nn.Linear(i, o, bias=bias), *([SyncBatchNorm1d(o, eps=eps)] if norm else []), activation()]
         layers.append(nn.Linear(dims[-2], dims[-1], bias=last_bias))
         if last_norm != "none":
-            layers.append(SyncBatchNorm1d(dims[-1], affine=last_norm != "plain", shift=last_norm == "affine"))
+            layers.append(SyncBatchNorm1d(dims[-1], affine=last_norm != "plain", shift=last_norm == "affine", eps=eps))
         super().__init__(*layers)
 
     def forward(self, x: Tensor) -> Tensor:

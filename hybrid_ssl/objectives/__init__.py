@@ -8,12 +8,14 @@ import importlib
 from .barlow_twins import BarlowTwins
 from .base import Objective
 from .byol import BYOL
+from .cmae import CMAE
 from .cutpaste import CutPaste
 from .data2vec import Data2Vec
 from .dino import DINO
 from .dinov2 import DINOv2
 from .gram import Gram
 from .ibot import IBOT
+from .ijepa import IJEPA
 from .jigsaw import Jigsaw
 from .mae import MAE
 from .maskfeat import MaskFeat
@@ -38,6 +40,8 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "gram": Gram,
     "maskfeat": MaskFeat,
     "data2vec": Data2Vec,
+    "ijepa": IJEPA,
+    "cmae": CMAE,
     "rotation": Rotation,
     "jigsaw": Jigsaw,
     "cutpaste": CutPaste,

@@ -96,3 +96,34 @@ def test_defects_fit_small_pictures_of_any_channels(side: int, channels: int) ->
         planted = [plant(kind, picture(side, side, channels), keyed(0, 0, i, "d"), "fast") for i in range(50)]
         assert all(p.shape == (channels, side, side) for p in planted)
         assert len({p.numpy().tobytes() for p in planted}) > 25
+
+
+def test_shifted_windows_come_from_one_larger_crop() -> None:
+    views = Views(
+        {
+            "online": ViewSettings(size=24, shift=8, scale=[0.5, 1.0]),
+            "target": ViewSettings(size=24, shift=8, like="online"),
+        }
+    )
+    offsets = set()
+    for i in range(150):
+        drawn = views(picture(), 0, 0, i)
+        online, target = drawn["online"][0], drawn["target"][0]
+        fits = [
+            (y, x) for y in range(8) for x in range(8) if torch.equal(target[:, : 24 - y, : 24 - x], online[:, y:, x:])
+        ]
+        assert len(fits) == 1, "the target is a window further down and to the right"
+        offsets |= set(fits)
+    assert {y for y, _ in offsets} == set(range(8)) == {x for _, x in offsets}  # 0 .. shift - 1, as released
+
+
+def test_unshifted_partner_is_the_top_left_window_of_the_crop() -> None:
+    image = picture()
+    online = Views({"a": ViewSettings(size=24, shift=8, scale=[0.5, 1.0])})(image, 0, 0, 1)["a"]
+    whole = Views({"a": ViewSettings(size=32, scale=[0.5, 1.0])})(image, 0, 0, 1)["a"]
+    assert torch.equal(online, whole[:, :, :24, :24])
+
+
+def test_partners_with_different_shifts_are_refused() -> None:
+    with pytest.raises(ValueError, match="'target' has shift 0, 'online' has 8"):
+        Views({"online": ViewSettings(shift=8), "target": ViewSettings(like="online")})

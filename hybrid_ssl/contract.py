@@ -11,7 +11,8 @@ from .config import Recipe
 
 FREE = {
     "run.out", "run.workers", "run.threads", "run.micro_batch", "run.checkpoint_every", "run.keep", "run.trackers",
-    "run.gradient_checkpointing", "run.compile", "data.source", "data.probe", "data.max_broken", "monitor", "export", "hub",
+    "run.gradient_checkpointing", "run.compile", "data.source", "data.probe", "data.max_broken", "monitor", "export",
+    "hub",
 }  # fmt: skip
 """Keys that change how a run is carried out, not what it computes. The data may have moved: its fingerprint decides.
 The micro-batch may fit another machine: where it matters, the number of micro-batches in a step decides."""

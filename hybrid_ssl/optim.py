@@ -59,6 +59,8 @@ class OptimizerSettings(Settings):
     """lr of encoder layer i is multiplied by layer_decay ** (layers + 1 - i)"""
     patch_embed_lr: float = Field(1.0, gt=0, le=1)
     """lr of the patch embedding is multiplied by it as well (DINOv2: 0.2)"""
+    vector_lr_scale: float = Field(1.0, gt=0)
+    """factor on the learning rate of 1-D parameters (Barlow Twins: 0.024 with LARS, which does not adapt them)"""
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.999], min_length=2, max_length=2)
     eps: float = Field(1e-8, gt=0)
     momentum: float = Field(0.9, ge=0, lt=1)
@@ -123,7 +125,8 @@ def param_groups(
             continue
         rule = exception.get(id(parameter), ParamRule(()))
         decay = rule.weight_decay if rule.weight_decay is not None else 0.0 if _spared(cfg, name, parameter) else None
-        key = (layer(name) * rule.lr_scale, decay, rule.constant_lr, rule.hold)
+        scale = layer(name) * rule.lr_scale * (cfg.vector_lr_scale if parameter.ndim <= 1 else 1.0)
+        key = (scale, decay, rule.constant_lr, rule.hold)
         fields = dict(zip(("lr_scale", "decay", "constant_lr", "hold"), key, strict=True))
         group = groups.setdefault(key, {"params": [], "names": []} | fields)
         group["params"].append(parameter)

@@ -184,6 +184,16 @@ def test_rules_of_objectives_make_groups_of_their_own() -> None:
         assert (heads["held"].weight.grad is None) == dropped and heads["plain"].weight.grad is not None
 
 
+def test_one_dimensional_parameters_can_have_a_rate_of_their_own() -> None:
+    cfg = settings(name="lars", vector_lr_scale=0.024)  # Barlow Twins: 0.0048 beside 0.2
+    head = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    optimizer = build_optimizer(cfg, param_groups(cfg, head.named_parameters(), [], lambda name: 0.5))
+    set_step(cfg, optimizer, 0.4, at(0))
+    found = {name: group["lr"] for group in optimizer.param_groups for name in group["names"]}
+    assert found.pop("0.weight") == 0.2
+    assert list(found.values()) == pytest.approx([0.0048] * 3) and found.keys() == {"0.bias", "1.weight", "1.bias"}
+
+
 def test_weight_decay_follows_its_ramp_and_leaves_the_spared_alone() -> None:
     cfg = settings(weight_decay=Ramp(start=0.04, end=0.4, shape="cosine"))
     linear = nn.Linear(2, 2)

@@ -20,8 +20,9 @@ IMAGES = 8
 def draw_views(recipe: Recipe, pretrainer: Pretrainer, batch: Batch, out: Path) -> None:
     """What the encoder really sees: every crop of some images, and what the masks hide of them."""
     spec = pretrainer.spec
-    places = {name: recipe.masks[name].view for name in batch.masks}
-    view_sheet(batch.views, spec.crops, batch.masks, places, spec.grids, images=IMAGES).save(out / "views.png")
+    places = {name: mask.view for name, mask in recipe.masks.items() if name in batch.masks}
+    masks = {name: batch.masks[name] for name in places}
+    view_sheet(batch.views, spec.crops, masks, places, spec.grids, images=IMAGES).save(out / "views.png")
 
 
 def draw_reconstructions(recipe: Recipe, pretrainer: Pretrainer, batch: Batch, now: Progress, out: Path) -> None:

@@ -54,7 +54,7 @@ class Tokens(NamedTuple):
     patches: Tensor
     """[V*B, N, D]; [V*B, visible, D] in ascending position when the mask was dropped"""
     layers: tuple[Tensor, ...] = ()
-    """outputs of the last blocks in order, as many as asked for or more: each like `patches`, but before the last norm"""
+    """outputs of the last blocks in order, as many as asked for or more: each like `patches`, before the last norm"""
 
 
 class Batch(NamedTuple):
@@ -63,7 +63,7 @@ class Batch(NamedTuple):
     views: Mapping[str, Tensor]
     """name -> [V*B, C, H, W]; uint8 from the loader, normalised float inside `Objective.loss`"""
     masks: Mapping[str, Tensor]
-    """name -> [V*B, N] bool, True = hidden; for a multiblock mask also NAME.targets -> [V*B, T, N], True = to predict"""
+    """name -> [V*B, N] bool, True = hidden; of a multiblock mask also NAME.targets -> [V*B, T, N], True = to predict"""
     labels: Tensor | None = None
     """[B] int64, or None: labels are optional everywhere"""
     ids: Tensor | None = None

@@ -1,15 +1,15 @@
 """I-JEPA's masks (arXiv 2301.08243, section 3): a few large blocks to predict, and a context that sees none of them.
 
 All crops of an optimizer step share the blocks' height and width, drawn from (seed, step), so that predictions stack;
-places are drawn for each crop. Scale and aspect are drawn apart: the published code derives both from one number. Bounds
-are inclusive: with its exclusive ones the last row and column are never predicted, nor seen.
+places are drawn for each crop. Scale and aspect are drawn apart: the published code derives both from one number.
+Bounds are inclusive: with its exclusive ones the last row and column are never predicted, nor seen.
 
 Published contexts differ in size; there, every batch is cut to its smallest context, whose *last* rows are lost first.
 Here the context has the same number of tokens in every crop of the run, so that the encoder's shapes never change, and
 a random choice of the context block's free tokens is kept. The default, 25 %, is what the published cut leaves of a 14
 x 14 grid in a batch of 128 (26 % on average; 1 crop in 100 has less, and is drawn again).
 
-Legend: a grid is (rows, columns) of tokens, N = rows x columns, row-major; T targets; True = hidden, or to be predicted.
+Legend: a grid is (rows, columns) of tokens, N = rows x columns, row-major; T targets; True = hidden, or to predict.
 """
 
 from __future__ import annotations

@@ -238,7 +238,7 @@ class BlockMask(Settings):
 
 
 class MultiBlockMask(Settings):
-    """I-JEPA's context and target blocks. Hides all but the context; the targets come as a second mask `NAME.targets`."""
+    """I-JEPA's blocks. Hides all but the context; the targets to predict come as a second mask `NAME.targets`."""
 
     kind: Literal["multiblock"]
     view: str
@@ -259,7 +259,7 @@ class MultiBlockMask(Settings):
             low, high = getattr(self, name)
             if not 0 < low <= high or (name.endswith("scale") and high > 1):
                 raise ValueError(
-                    f"{name} must be 0 < low <= high{' <= 1' if 'scale' in name else ''}, got {[low, high]}"
+                    f"{name} must be 0 < low <= high{' <= 1' * ('scale' in name)}, got {[low, high]}"
                 )
         return self
 

@@ -59,6 +59,13 @@ def draw_mask(rows: int, patches: int, ragged: bool, draw: torch.Generator) -> T
     return mask
 
 
+def draw_targets(hidden: Tensor, seed: int, targets: int = 2, tokens: int = 3) -> Tensor:
+    """[rows, targets, patches] bool: so many of the hidden patches in each target."""
+    draw = torch.Generator().manual_seed(seed)
+    noise = torch.rand(len(hidden), targets, hidden.shape[1], generator=draw) + hidden.unsqueeze(1)
+    return noise.argsort(dim=2, descending=True).argsort(dim=2) < tokens
+
+
 def make_inputs(
     needs: Sequence[Forward],
     images: int = 4,
@@ -78,6 +85,8 @@ def make_inputs(
         if need.mask is not None and need.mask not in drawn:
             rows = spec.crops[need.view] * images
             drawn[need.mask] = draw_mask(rows, spec.tokens(need.view), not need.drop, draw)
+        if need.drop and f"{need.mask}.targets" not in drawn:
+            drawn[f"{need.mask}.targets"] = draw_targets(drawn[need.mask or ""], seed)
     tokens = {}
     for need in needs:
         patches, dim = spec.of(need.net).tokens(need.view), spec.of(need.net).dim

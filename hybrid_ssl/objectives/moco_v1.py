@@ -11,8 +11,8 @@ starts as random directions. Any size will do, since the ring wraps (the officia
 batch); one larger than the data set makes an image its own negative.
 
 The paper moves the teacher before the keys are computed: `teacher.offset: 1`, see `moco_v3`; at v1's constant momentum
-of 0.999 that is the same as 0. Shuffling images between devices hides BatchNorm statistics, which would give the answer
-away; ViT and Swin have none, nor has this head, so there is nothing to shuffle.
+of 0.999 that is the same as 0. Shuffling images between devices keeps a device's BatchNorm statistics from giving
+the answer away; ViT, Swin and this head have none, and a ResNet's are those of all devices, so nothing is shuffled.
 
 Swin: yes. Shapes: B images, D encoder width, d head width, K keys in the queue.
 """

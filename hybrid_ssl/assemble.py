@@ -175,17 +175,6 @@ def check_targets(recipe: Recipe, objectives: Mapping[str, Objective]) -> None:
                 )
 
 
-def check_targets(recipe: Recipe, objectives: Mapping[str, Objective]) -> None:
-    """ValueError for a mask without the target blocks that an objective reads."""
-    for label, objective in objectives.items():
-        for name in objective.targets:
-            if recipe.masks[name].kind != "multiblock":
-                raise ValueError(
-                    f"objectives.{label} predicts the target blocks of mask {name!r}, which is of kind "
-                    f"{recipe.masks[name].kind}: set masks.{name}={{kind: multiblock, view: {recipe.masks[name].view}}}"
-                )
-
-
 def _visible(recipe: Recipe, spec: EncoderSpec) -> dict[str, int]:
     counts = {}
     for name, mask in recipe.masks.items():

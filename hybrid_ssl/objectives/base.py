@@ -61,7 +61,7 @@ class Objective(nn.Module):
     needs: tuple[Forward, ...]
     reads: tuple[str, ...] = ()
     """views that the loss reads although no encoder pass does, e.g. a reconstruction's target"""
-    targets: tuple[str, ...] = ()
+    target_masks: tuple[str, ...] = ()
     """masks whose blocks to be predicted the loss reads as `NAME.targets`; they are of kind multiblock"""
     compares_views: ClassVar[bool] = True
     """whether features of views are compared, so that they can collapse; False for pure reconstruction"""

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block as TimmBlock
 
+from hybrid_ssl.nn import attention
 from hybrid_ssl.nn.attention import Block, attend, prefers_fused
 
 
@@ -16,6 +17,18 @@ def test_both_paths_give_the_same_numbers_and_gradients() -> None:
         torch.testing.assert_close(a, b)
     with torch.no_grad():
         torch.testing.assert_close(attend(q, k, v), fused)
+
+
+def test_large_weights_are_computed_again_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (torch.randn(3, 2, n, 8, dtype=torch.float64, requires_grad=True) for n in (4, 7, 7))
+    kept = attend(q, k, v)
+    monkeypatch.setattr(attention, "_KEPT", 0)
+    monkeypatch.setattr(attention, "_CACHED", 4 * 4 * 7 * 8)  # four of six heads at a time
+    again = attend(q, k, v)
+    assert "Recomputed" in type(again.grad_fn.next_functions[0][0]).__name__ + type(again.grad_fn).__name__
+    torch.testing.assert_close(again, kept)
+    for a, b in zip(*(torch.autograd.grad(y.square().sum(), (q, k, v)) for y in (again, kept)), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from .config import Recipe
+from .data.dirichlet import mask_grid
 from .data.loader import Broken, Loader
 from .data.masks import hidden_count
 from .data.sources import Source
@@ -23,7 +24,7 @@ from .frozen import Frozen
 from .objectives import objective_class
 from .objectives.base import Objective
 from .optim import param_groups
-from .plan import EncoderSpec, Forward, union
+from .plan import EncoderSpec, Forward, Modality, union
 from .pretrainer import Pretrainer
 from .schedule import to_steps
 
@@ -79,12 +80,16 @@ def build_pretrainer(
 ) -> Pretrainer:
     """Encoder and objectives of a recipe under one root; initial weights depend on `run.seed` alone."""
     torch.manual_seed(recipe.run.seed)
-    sizes = {name: view.height_width for name, view in recipe.views.items()}
+    sizes = recipe.sizes
     encoder = build_encoder(recipe.encoder, in_chans=recipe.data.channels, sizes=sizes, native=recipe.native_size)
     crops = {name: view.crops for name, view in recipe.views.items()}
     frozen = build_frozen(recipe, encoder, mean, std)
+    spec = encoder.spec(sizes, crops)
+    modalities = {name: _modality(recipe, name, spec.stride) for name, view in recipe.views.items() if view.modality}
     spec = dataclasses.replace(
-        encoder.spec(sizes, crops),
+        spec,
+        grids={name: spec.grids[(view.modality and view.like) or name] for name, view in recipe.views.items()},
+        modalities=modalities,
         made={name: view.made for name, view in recipe.views.items()},
         frozen={name: _spec_where_it_fits(other.encoder, sizes, crops) for name, other in frozen.items()},
     )
@@ -94,6 +99,9 @@ def build_pretrainer(
     check_targets(recipe, objectives)
     if any(need.mask and not need.drop for need in plan):
         encoder.add_mask_token()
+    beside = {view: need.view for need in plan for view in need.beside}
+    for view, base in beside.items():
+        encoder.add_adapter(view, spec.modality(view), spec.grids[base])
     encoder.gradient_checkpointing = recipe.run.gradient_checkpointing
     for option in ("gradient_checkpointing", "compile"):
         if getattr(recipe.run, option) and not encoder.blocks():
@@ -111,6 +119,21 @@ def build_pretrainer(
         world=layout.world,
         batch_size=recipe.run.batch_size,
     )
+
+
+def _modality(recipe: Recipe, view: str, stride: int) -> Modality:
+    """What a view of another modality holds; ValueError when its size gives no whole patches."""
+    settings = recipe.views[view]
+    assert settings.modality is not None and settings.like is not None
+    own, images = settings.height_width, recipe.views[settings.like].height_width
+    patch = own[0] * stride // images[0]
+    if patch < 1 or any(a * stride != b * patch for a, b in zip(own, images, strict=True)):
+        raise ValueError(
+            f"view {view!r} of {own[0]} x {own[1]} pixels has no whole patches where {settings.like!r} of "
+            f"{images[0]} x {images[1]} has patches of {stride}: use the same size, or a half or a quarter of it"
+        )
+    kind = recipe.data.modalities[settings.modality]
+    return Modality(patch, kind.channels, kind.classes, kind.standardise)
 
 
 def build_frozen(recipe: Recipe, student: Encoder, mean: list[float], std: list[float]) -> dict[str, Frozen]:
@@ -162,6 +185,25 @@ def check_masks(recipe: Recipe, plan: tuple[Forward, ...]) -> None:
                 f"mask {need.mask!r} is for view {other!r}, but an objective uses it on {need.view!r}: set "
                 f"masks.{need.mask}.view={need.view} or choose another mask"
             )
+        _check_beside(recipe, need)
+
+
+def _check_beside(recipe: Recipe, need: Forward) -> None:
+    """ValueError unless a pass and its mask are over the same views, and these are cut alike."""
+    assert need.mask is not None
+    other = tuple(getattr(recipe.masks[need.mask], "beside", ()))
+    if other != need.beside:
+        raise ValueError(
+            f"mask {need.mask!r} is over {', '.join((need.view, *other))}, but an objective uses it on "
+            f"{', '.join((need.view, *need.beside))}: "
+            + (f"set masks.{need.mask}.beside=[{', '.join(need.beside)}]" if need.beside else "choose another mask")
+            + (", of kind: dirichlet" if need.beside and recipe.masks[need.mask].kind != "dirichlet" else "")
+        )
+    for view in need.beside:
+        if view not in recipe.views or recipe.views[view].like != need.view or not recipe.views[view].modality:
+            raise ValueError(
+                f"'{need}': set views.{view}={{like: {need.view}, modality: NAME}}, with a NAME of data.modalities"
+            )
 
 
 def check_targets(recipe: Recipe, objectives: Mapping[str, Objective]) -> None:
@@ -178,15 +220,17 @@ def check_targets(recipe: Recipe, objectives: Mapping[str, Objective]) -> None:
 def _visible(recipe: Recipe, spec: EncoderSpec) -> dict[str, int]:
     counts = {}
     for name, mask in recipe.masks.items():
-        hidden = hidden_count(mask, spec.grids[mask.view], spec.stride)
+        rows, columns = mask_grid(mask, spec.grids)
+        hidden = hidden_count(mask, (rows, columns), spec.stride)
         if hidden is not None:
-            counts[name] = spec.tokens(mask.view) - hidden
+            counts[name] = rows * columns - hidden
     return counts
 
 
 def used_views(recipe: Recipe, pretrainer: Pretrainer) -> tuple[list[str], list[str]]:
     """Names of views and masks that some pass reads, and of the views whose crops those copy; no others are made."""
     views = {need.view for need in pretrainer.plan} | {v for part in pretrainer.parts.values() for v in part.reads}
+    views |= {view for need in pretrainer.plan for view in need.beside}
     views |= {base for view in views if (base := recipe.views[view].like)}
     masks = {need.mask for need in pretrainer.plan if need.mask}
     return [v for v in recipe.views if v in views], [m for m in recipe.masks if m in masks]
@@ -263,8 +307,17 @@ def _cost(pretrainer: Pretrainer, need: Forward) -> float:
     crops, spec = pretrainer.spec.crops[need.view], pretrainer.spec.of(need.net)
     rows, columns = spec.grids[need.view]
     images = torch.empty(crops, spec.in_chans, rows * spec.stride, columns * spec.stride, device="meta")
-    mask = torch.empty(crops, rows * columns, dtype=torch.bool, device="meta") if need.mask else None
+    tokens = (1 + len(need.beside)) * rows * columns
+    mask = torch.empty(crops, tokens, dtype=torch.bool, device="meta") if need.mask else None
+    beside = {view: _empty_maps(spec.modality(view), crops, (rows, columns)) for view in need.beside}
     visible = pretrainer.visible[need.mask] if need.drop and need.mask else None
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        encoder(images, mask, visible=visible, positions=need.positions)
+        encoder(images, mask, visible=visible, positions=need.positions, beside=beside)
     return float(counter.get_total_flops()) * (3 if need.net == "student" else 1)
+
+
+def _empty_maps(kind: Modality, crops: int, grid: tuple[int, int]) -> torch.Tensor:
+    """Crops of another modality without memory."""
+    size = (grid[0] * kind.patch, grid[1] * kind.patch)
+    dtype = torch.float32 if kind.classes is None else torch.int16
+    return torch.empty(crops, kind.channels, *size, dtype=dtype, device="meta")

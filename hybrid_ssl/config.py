@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from torch import nn
 
-from .data.settings import DataSettings, MaskSettings, ViewSettings
+from .data.settings import DataSettings, MaskSettings, ViewSettings, shown
 from .frozen import FrozenSettings
 from .monitor.settings import MonitorSettings
 from .objectives import objective_class
@@ -134,6 +134,14 @@ class Recipe(Settings):
                 raise ValueError(f"mask {name!r} is for view {mask.view!r}; views are: {', '.join(self.views)}")
         return self
 
+    @model_validator(mode="after")
+    def _modalities_exist(self) -> Recipe:
+        shown((view.modality for view in self.views.values()), self.data.modalities)
+        for name, view in self.views.items():
+            if view.modality and (not name.isidentifier() or hasattr(nn.ModuleDict, name)):
+                raise ValueError(f"{name!r} cannot name a view of a modality: choose another word, e.g. depth, semseg")
+        return self
+
     @field_validator("frozen")
     @classmethod
     def _names_are_free(cls, frozen: dict[str, FrozenSettings]) -> dict[str, FrozenSettings]:
@@ -141,6 +149,11 @@ class Recipe(Settings):
             if name in ("student", "teacher") or not name.isidentifier() or hasattr(nn.ModuleDict, name):
                 raise ValueError(f"{name!r} cannot name a frozen encoder: choose another word, e.g. gram, start, large")
         return frozen
+
+    @property
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """View -> (height, width), of those that show the images; other modalities do not pass the patch embedding."""
+        return {name: view.height_width for name, view in self.views.items() if view.modality is None}
 
     @property
     def native_size(self) -> tuple[int, int]:

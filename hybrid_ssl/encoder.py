@@ -107,10 +107,9 @@ class Encoder(nn.Module):
         self.mask_token = nn.Parameter(torch.empty(1, 1, self._token_dim()))
         nn.init.trunc_normal_(self.mask_token, std=0.02)  # as SimMIM; iBOT starts at zero
 
-    def add_adapters(self, modalities: Mapping[str, Modality], grid: tuple[int, int]) -> None:
-        """For runs in which some pass reads views of other modalities, all with the token grid `grid`."""
-        for view, kind in modalities.items():
-            self.adapters[view] = Adapter(self._token_dim(), grid, kind.patch, kind.channels, kind.classes)
+    def add_adapter(self, view: str, kind: Modality, grid: tuple[int, int]) -> None:
+        """For runs in which some pass reads a view of another modality."""
+        self.adapters[view] = Adapter(self._token_dim(), grid, kind.patch, kind.channels, kind.classes)
 
     def blocks(self) -> list[nn.Module]:
         """The residual blocks in order; empty for other families."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .schedule import Progress
 
-__all__ = ["Batch", "EncoderSpec", "Forward", "Progress", "Tokens", "union"]
+__all__ = ["Batch", "EncoderSpec", "Forward", "Modality", "Progress", "Tokens", "union"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class Forward:
     """True: hidden patches are removed (MAE); False: they are replaced by the mask token (SimMIM, iBOT)"""
     positions: bool = True
     """False: patches come without their positions, as a set (jigsaw)"""
+    beside: tuple[str, ...] = ()
+    """views of other modalities whose tokens follow those of `view`; the mask is over all of them (MultiMAE)"""
     layers: int = field(default=0, compare=False)
     """how many of the last blocks' outputs are wanted as well; no part of the equality: the pass with the most serves
     all"""
@@ -40,10 +42,11 @@ class Forward:
     def __post_init__(self) -> None:
         assert self.mask is not None or not self.drop, "dropping patches needs a mask"
         assert self.positions or self.drop or self.mask is None, "mask tokens without positions are all the same"
+        assert not self.beside or (self.drop and self.positions), "tokens of other modalities come with some dropped"
 
     def __str__(self) -> str:
         how = "" if self.mask is None else f", {self.mask} {'dropped' if self.drop else 'masked'}"
-        return f"{self.net} {self.view}{how}{'' if self.positions else ', no positions'}"
+        return f"{self.net} {'+'.join((self.view, *self.beside))}{how}{'' if self.positions else ', no positions'}"
 
 
 class Tokens(NamedTuple):
@@ -52,7 +55,7 @@ class Tokens(NamedTuple):
     cls: Tensor
     """[V*B, D] what timm pools: class token, or average of the patches"""
     patches: Tensor
-    """[V*B, N, D]; [V*B, visible, D] in ascending position when the mask was dropped"""
+    """[V*B, N, D]; [V*B, visible, D] in ascending position when the mask was dropped, modality by modality"""
     layers: tuple[Tensor, ...] = ()
     """outputs of the last blocks in order, as many as asked for or more: each like `patches`, before the last norm"""
 
@@ -79,6 +82,19 @@ class Batch(NamedTuple):
 
 
 class _Known(dict[str, Any]):
+@dataclass(frozen=True)
+class Modality:
+    """What a view holds that does not show the images themselves: depth, label maps."""
+
+    patch: int
+    """pixels of one token's side"""
+    channels: int = 1
+    classes: int | None = None
+    """of a label map, whose ids are 0 .. classes - 1, and `classes` for pixels without label; None: continuous"""
+    standardise: bool = True
+    """continuous: each crop is standardised by its middle values"""
+
+
     def __missing__(self, view: str) -> Any:
         raise ValueError(f"an objective asks for view {view!r}; the recipe's views are: {', '.join(self) or 'none'}")
 
@@ -104,6 +120,8 @@ class EncoderSpec:
     frozen: Mapping[str, EncoderSpec] = field(default_factory=dict)
     """name -> the same of a frozen encoder, for the views that fit it"""
     made: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    modalities: Mapping[str, Modality] = field(default_factory=dict)
+    """view -> its modality, for views of other things than the images"""
     """view -> what its crops went through that an objective may rely on, as in `turns`; a view that is not in it may
     have gone through anything"""
 
@@ -133,6 +151,16 @@ class EncoderSpec:
         return self.frozen[net]
 
     def require(self, view: str, option: str, example: str) -> None:
+    def modality(self, view: str) -> Modality:
+        """What `view` holds; ValueError when it shows the images."""
+        if view not in self.modalities:
+            known = ", ".join(self.modalities) or "none"
+            raise ValueError(
+                f"view {view!r} is of no other modality; views that are: {known}. For example data.modalities.depth="
+                f"{{column: depth}} and views.{view}={{like: rgb, modality: depth}}"
+            )
+        return self.modalities[view]
+
         """ValueError unless the crops of `view` were made with the option; `example` is its setting."""
         if view in self.made and option not in self.made[view]:
             raise ValueError(f"view {view!r} has to be made with {option}: set views.{view}.{option}={example}")

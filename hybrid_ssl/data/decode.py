@@ -57,6 +57,27 @@ class Decoder:
             return self._from_pil(payload)
         return self._from_array(np.asarray(payload))
 
+    def stored(self, payload: Any) -> np.ndarray:
+        """The numbers as they are stored, for other modalities than images: [H, W] or [H, W, C].
+
+        Palette indices, 16 bits and floats stay what they are; nothing is scaled, converted or laid over gray.
+        """
+        if isinstance(payload, (str, os.PathLike)):
+            payload = _read(payload)
+        if not isinstance(payload, (bytes, bytearray, memoryview)):
+            return np.asarray(payload)
+        data = bytes(payload)
+        if data.startswith(_NPY):
+            return _read_npy(data)
+        with _open(data) as image:
+            self._check_size(*image.size)
+            try:
+                if image.format == "TIFF" and not _is_plain_tiff(image):
+                    return _read_tiff(data, self._check_size)
+                return np.asarray(ImageOps.exif_transpose(image))
+            except _DECODER_ERRORS as problem:
+                raise ValueError(f"cannot be decoded: {_sentence(problem)}") from problem
+
     def _decode(self, data: bytes) -> Tensor:
         if not data:
             raise ValueError("the file is empty")

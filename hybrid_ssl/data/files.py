@@ -40,6 +40,7 @@ class Files(Images):
         names = [os.fsencode(path) for path in paths]
         self._names = np.frombuffer(b"".join(names), dtype=np.uint8)
         self._ends = np.cumsum([0, *(len(name) for name in names)])
+        self._key_lengths = np.array([len(os.fsencode(key)) for key in keys], dtype=np.int32)
         if labels is not None:
             self.labels, self.class_names = as_labels(labels)
         self._sentence = sentence
@@ -50,6 +51,9 @@ class Files(Images):
 
     def path(self, i: int) -> str:
         return os.fsdecode(self._names[self._ends[i] : self._ends[i + 1]].tobytes())
+
+    def key(self, i: int) -> str:
+        return os.fsdecode(os.fsencode(self.path(i))[-int(self._key_lengths[i]) :])  # a path ends with its key
 
     def read(self, i: int) -> tuple[str, int | None]:
         return self.path(i), self.label(i)
@@ -107,7 +111,7 @@ def open_list(file: Path) -> Files:
     if labels and all(label.lstrip("-").isdigit() for label in labels):
         labels = [int(label) for label in labels]
     sentence = f"{len(paths):,} images listed in {printable(str(file))}{', with labels' if labels else ''}"
-    return Files(paths, [row[0] for row in rows], labels, sentence)
+    return Files(paths, [row[0].strip() for row in rows], labels, sentence)
 
 
 class _Scan:

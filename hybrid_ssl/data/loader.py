@@ -20,10 +20,12 @@ from torch.utils.data import DataLoader, Dataset
 from ..plan import Batch
 from ..schedule import to_steps
 from .decode import Decoder
+from .dirichlet import mask_grid
 from .masks import hidden_count
+from .modalities import Modalities
 from .order import BatchOrder, MicroBatch
 from .samples import Broken, Samples
-from .settings import BlockMask, DataSettings, MaskSettings, ViewSettings
+from .settings import BlockMask, DataSettings, MaskSettings, ViewSettings, shown
 from .sources import Images, Source
 from .streams import Stream, StreamOrder
 from .views import Views
@@ -105,11 +107,13 @@ class Loader:
         order = self._order(source, 0)
         self.steps_per_epoch, self.accumulation = order.steps_per_epoch, order.accumulation
         for mask in masks.values():
-            hidden_count(mask, grids[mask.view], stride)  # refuses what does not fit, before a worker does
+            hidden_count(mask, mask_grid(mask, grids), stride)  # refuses what does not fit, before a worker does
         starts = {name: _start(mask, total_steps, self.steps_per_epoch) for name, mask in masks.items()}
+        decoder = Decoder.of(data)
+        maps = shown((view.modality for view in views.values()), data.modalities)
         self.samples = Samples(
             source,
-            Decoder.of(data),
+            decoder,
             Views(views, data.jitter),
             dict(masks),
             dict(grids),
@@ -117,6 +121,7 @@ class Loader:
             starts,
             seed,
             batch_size,
+            Modalities(maps, source, decoder, data.split),
         )
         self.max_broken, self.workers, self.pin_memory, self.on_broken = data.max_broken, workers, pin_memory, on_broken
         self.broken: dict[int, Broken] = {}

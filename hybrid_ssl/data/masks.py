@@ -18,14 +18,15 @@ from random import Random
 import torch
 from torch import Tensor
 
+from .dirichlet import draw_dirichlet
 from .multiblock import visible_count
-from .settings import BlockMask, MaskSettings, MultiBlockMask, RandomMask
+from .settings import BlockMask, DirichletMask, MaskSettings, MultiBlockMask, RandomMask
 
 _TRIES = 10  # BEiT: a block that was refused ten times ends the mask
 
 
 def make_mask(
-    settings: RandomMask | BlockMask,
+    settings: RandomMask | BlockMask | DirichletMask,
     grid: tuple[int, int],
     stride: int,
     rng: Random,
@@ -40,6 +41,9 @@ def make_mask(
     Raises:
         ValueError: if the mask's unit does not fit the grid.
     """
+    if isinstance(settings, DirichletMask):
+        tokens = grid[0] * grid[1]
+        return draw_dirichlet(settings.alpha, tokens - hidden_units(settings.ratio, tokens), grid, rng)
     side = _unit_side(settings, grid, stride)
     rows, columns = grid[0] // side, grid[1] // side
     hidden = torch.zeros(rows, columns, dtype=torch.bool)
@@ -77,7 +81,7 @@ def hidden_count(settings: MaskSettings, grid: tuple[int, int], stride: int) -> 
     """
     if isinstance(settings, MultiBlockMask):
         return grid[0] * grid[1] - visible_count(settings, grid)
-    side = _unit_side(settings, grid, stride)
+    side = 1 if isinstance(settings, DirichletMask) else _unit_side(settings, grid, stride)
     if isinstance(settings, BlockMask):
         return None
     units = (grid[0] // side) * (grid[1] // side)

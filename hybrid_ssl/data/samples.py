@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,9 @@ from torch import Tensor
 
 from ..plan import Batch
 from .decode import Decoder
+from .dirichlet import mask_grid
 from .masks import make_mask, stratified_shares
+from .modalities import Modalities
 from .multiblock import draw_multiblock, draw_sizes
 from .order import MicroBatch, key, keyed
 from .settings import BlockMask, MaskSettings, MultiBlockMask
@@ -38,6 +41,15 @@ class Broken(NamedTuple):
     reason: str
 
 
+class Row(NamedTuple):
+    """One image: its number, pixels uint8 [C, H, W], label, and maps of its other modalities by name."""
+
+    id: int
+    image: Tensor
+    label: int | None
+    maps: Mapping[str, Tensor]
+
+
 @dataclass
 class Samples:
     """Builds the `Batch` of a `MicroBatch`: a pure function that remembers broken images and small decoded ones."""
@@ -53,6 +65,7 @@ class Samples:
     seed: int
     batch_size: int
     """images of an optimizer step, over which the shares of a stratified mask are spread"""
+    modalities: Modalities
 
     def __post_init__(self) -> None:
         self._broken: set[int] = set()
@@ -62,32 +75,35 @@ class Samples:
         """Decode once per image, cut all views, draw all masks."""
         broken: list[Broken] = []
         rows = [self._image(micro, place, broken) for place in range(len(micro.ids))]
-        drawn = [self.views(row[0], self.seed, micro.epoch, i) for i, row in zip(micro.ids, rows, strict=True)]
+        drawn = [
+            self.views(row.image, self.seed, micro.epoch, i, partial(self.modalities.cut, row.image, row.maps))
+            for i, row in zip(micro.ids, rows, strict=True)
+        ]
         views = {
             name: torch.stack([each[name] for each in drawn], 1).flatten(0, 1) for name in drawn[0]
         }  # [V*B, C, h, w]
         masks: dict[str, Tensor] = {}
         for name in self.masks:
             masks |= self._masks(name, micro)
-        labels = [label for _, _, label in rows if label is not None]
+        labels = [row.label for row in rows if row.label is not None]
         batch = Batch(
             views=views,
             masks=masks,
             labels=torch.tensor(labels) if len(labels) == len(rows) else None,
-            ids=torch.tensor([number for _, number, _ in rows]),
+            ids=torch.tensor([row.id for row in rows]),
             hidden={name: mask.flatten().nonzero().squeeze(1) for name, mask in masks.items()},
         )
         return batch, tuple(broken)
 
-    def _image(self, micro: MicroBatch, place: int, broken: list[Broken]) -> tuple[Tensor, int, int | None]:
-        """The picture at `place`, its id and label; of a replacement if it is broken."""
+    def _image(self, micro: MicroBatch, place: int, broken: list[Broken]) -> Row:
+        """What is known of the image at `place`; of a replacement if it is broken."""
         i = wanted = micro.ids[place]
         problem = Broken(i, "", "known to be broken")
         for attempt in range(_REPLACEMENTS):
             if i not in self._broken:
                 try:
                     image, label = self._read(micro, i)
-                    return image, i, label
+                    return Row(i, image, label, self.modalities.read(i, (image.shape[1], image.shape[2])))
                 except ValueError as error:
                     problem = Broken(i, self._name(micro, i), str(error))
                     self._broken.add(i)
@@ -118,7 +134,7 @@ class Samples:
 
     def _masks(self, name: str, micro: MicroBatch) -> dict[str, Tensor]:
         """bool [V*B, N], view-major like the views; of a multiblock mask also `name.targets`, bool [V*B, T, N]."""
-        mask, grid = self.masks[name], self.grids[self.masks[name].view]
+        mask, grid = self.masks[name], mask_grid(self.masks[name], self.grids)
         crops = range(self.views.settings[mask.view].crops)
         generators = [keyed(self.seed, micro.epoch, i, f"mask {name}") for i in micro.ids]
         if isinstance(mask, MultiBlockMask):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -225,6 +226,19 @@ class BlockMask(Settings):
     """area of the largest block; null: what is still missing"""
     aspect: list[float] = Field([0.3, 3.3333333333333335], min_length=2, max_length=2)
     unit: int | None = Field(None, ge=1)
+def shown(views: Iterable[str | None], settings: Mapping[str, ModalitySettings]) -> dict[str, ModalitySettings]:
+    """The settings of the modalities that views name; ValueError for one that is not there."""
+    names = dict.fromkeys(name for name in views if name is not None)
+    for name in names:
+        if name not in settings:
+            known = ", ".join(settings) or "none"
+            raise ValueError(
+                f"a view shows modality {name!r}; data.modalities has: {known}. For example "
+                f"data.modalities.{name}={{column: {name}}}"
+            )
+    return {name: settings[name] for name in names}
+
+
     start: Duration = "0 steps"
     """duration before which nothing is hidden (iBOT on Swin: 50 epochs)"""
 

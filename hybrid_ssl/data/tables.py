@@ -27,6 +27,7 @@ class Table(Images):
         if label is not None:
             self._read_labels(dataset, label, title)
         self.dataset, self.title = dataset.select_columns([self.image]), title
+        self._whole, self._columns = dataset, dict[str, Any]()
         if len(self) == 0:
             raise ValueError(f"{title} has no rows")
         self.fingerprint = self._fingerprint()
@@ -36,6 +37,21 @@ class Table(Images):
 
     def read(self, i: int) -> tuple[Any, int | None]:
         return payload(self.dataset[int(i)][self.image]), self.label(i)
+
+    def keep(self, columns: Sequence[str]) -> None:
+        """Make more columns readable, undecoded; ValueError for one that is not there."""
+        from datasets import Image
+
+        for column in columns:
+            features = self._whole.features
+            if column not in features:
+                raise ValueError(f"{self.title} has no column {column!r}; it has: {', '.join(features)}")
+            alone = self._whole.select_columns([column])
+            raw = isinstance(features[column], Image)
+            self._columns[column] = alone.cast_column(column, Image(decode=False)) if raw else alone
+
+    def cell(self, i: int, column: str) -> Any:
+        return self._columns[column][int(i)][column]
 
     def name(self, i: int) -> str:
         return f"row {i} of {self.title}"

@@ -13,7 +13,7 @@ same boxes. Legend: C channels, V crops; images are uint8 [C, H, W], a view uint
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from random import Random
 from typing import Literal, NamedTuple
 
@@ -59,13 +59,24 @@ class Views:
         for name, view in self.settings.items():
             _check_like(name, view, self.settings)
 
-    def __call__(self, image: Tensor, seed: int, epoch: int, sample_id: int) -> dict[str, Tensor]:
-        """uint8 [C, H, W] -> {view: uint8 [V, C, h, w]}."""
+    def __call__(
+        self,
+        image: Tensor,
+        seed: int,
+        epoch: int,
+        sample_id: int,
+        modality: Callable[[str, Box, tuple[int, int]], Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """uint8 [C, H, W] -> {view: uint8 [V, C, h, w]}; `modality` cuts a box out of another modality of the image."""
         height, width = image.shape[-2:]
         out = {}
         for name, view in self.settings.items():
             base = view.like or name
             boxes = draw_boxes(self.settings[base], height, width, keyed(seed, epoch, sample_id, f"{base}/box"))
+            if view.modality is not None:
+                assert modality is not None
+                out[name] = torch.stack([modality(view.modality, box, view.height_width) for box in boxes])
+                continue
             size = (view.height_width[0] + view.shift, view.height_width[1] + view.shift)
             crops = [cut(image, box, size, view.interpolation) for box in boxes]
             if view.shift:
@@ -152,6 +163,8 @@ def _check_like(name: str, view: ViewSettings, views: Mapping[str, ViewSettings]
     other = views[view.like]
     if other.like is not None:
         raise ValueError(f"view {name!r} is like {view.like!r}, which is like {other.like!r}: name that one")
+    if view.modality is not None and other.shift:
+        raise ValueError(f"view {name!r} of modality {view.modality} is like {view.like!r}, which has a shift: take it out")
     if other.crops != view.crops:
         raise ValueError(f"view {name!r} has {view.crops} crops, {view.like!r} has {other.crops}: they must be as many")
     if other.shift != view.shift:

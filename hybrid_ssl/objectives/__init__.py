@@ -22,6 +22,7 @@ from .maskfeat import MaskFeat
 from .moco_v1 import MoCoV1
 from .moco_v2 import MoCoV2
 from .moco_v3 import MoCoV3
+from .multimae import MultiMAE
 from .rotation import Rotation
 from .simclr import SimCLR
 from .simmim import SimMIM
@@ -42,6 +43,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "data2vec": Data2Vec,
     "ijepa": IJEPA,
     "cmae": CMAE,
+    "multimae": MultiMAE,
     "rotation": Rotation,
     "jigsaw": Jigsaw,
     "cutpaste": CutPaste,

@@ -17,6 +17,7 @@ from .gram import Gram
 from .ibot import IBOT
 from .ijepa import IJEPA
 from .jigsaw import Jigsaw
+from .lejepa import LeJEPA
 from .mae import MAE
 from .maskfeat import MaskFeat
 from .moco_v1 import MoCoV1
@@ -27,6 +28,7 @@ from .rotation import Rotation
 from .simclr import SimCLR
 from .simmim import SimMIM
 from .simsiam import SimSiam
+from .sit import SiT
 from .supcon import SupCon
 from .swav import SwAV
 from .vicreg import VICReg
@@ -39,10 +41,12 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "ibot": IBOT,
     "dinov2": DINOv2,
     "gram": Gram,
+    "lejepa": LeJEPA,
     "maskfeat": MaskFeat,
     "data2vec": Data2Vec,
     "ijepa": IJEPA,
     "cmae": CMAE,
+    "sit": SiT,
     "multimae": MultiMAE,
     "rotation": Rotation,
     "jigsaw": Jigsaw,

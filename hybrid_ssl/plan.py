@@ -66,7 +66,8 @@ class Batch(NamedTuple):
     views: Mapping[str, Tensor]
     """name -> [V*B, C, H, W]; uint8 from the loader, normalised float inside `Objective.loss`"""
     masks: Mapping[str, Tensor]
-    """name -> [V*B, N] bool, True = hidden; of a multiblock mask also NAME.targets -> [V*B, T, N], True = to predict"""
+    """name -> [V*B, N] bool, True = hidden; of a multiblock mask also NAME.targets -> [V*B, T, N], True = to predict;
+    for a view with `corrupt` VIEW.pixels -> [V*B, H*W], True = not the clean view's pixel"""
     labels: Tensor | None = None
     """[B] int64, or None: labels are optional everywhere"""
     ids: Tensor | None = None
@@ -81,7 +82,6 @@ class Batch(NamedTuple):
         return self.masks[mask].flatten().nonzero().squeeze(1)
 
 
-class _Known(dict[str, Any]):
 @dataclass(frozen=True)
 class Modality:
     """What a view holds that does not show the images themselves: depth, label maps."""
@@ -95,6 +95,7 @@ class Modality:
     """continuous: each crop is standardised by its middle values"""
 
 
+class _Known(dict[str, Any]):
     def __missing__(self, view: str) -> Any:
         raise ValueError(f"an objective asks for view {view!r}; the recipe's views are: {', '.join(self) or 'none'}")
 
@@ -119,9 +120,9 @@ class EncoderSpec:
     """view -> number of crops V"""
     frozen: Mapping[str, EncoderSpec] = field(default_factory=dict)
     """name -> the same of a frozen encoder, for the views that fit it"""
-    made: Mapping[str, frozenset[str]] = field(default_factory=dict)
     modalities: Mapping[str, Modality] = field(default_factory=dict)
     """view -> its modality, for views of other things than the images"""
+    made: Mapping[str, frozenset[str]] = field(default_factory=dict)
     """view -> what its crops went through that an objective may rely on, as in `turns`; a view that is not in it may
     have gone through anything"""
 
@@ -150,7 +151,6 @@ class EncoderSpec:
             )
         return self.frozen[net]
 
-    def require(self, view: str, option: str, example: str) -> None:
     def modality(self, view: str) -> Modality:
         """What `view` holds; ValueError when it shows the images."""
         if view not in self.modalities:
@@ -161,6 +161,7 @@ class EncoderSpec:
             )
         return self.modalities[view]
 
+    def require(self, view: str, option: str, example: str) -> None:
         """ValueError unless the crops of `view` were made with the option; `example` is its setting."""
         if view in self.made and option not in self.made[view]:
             raise ValueError(f"view {view!r} has to be made with {option}: set views.{view}.{option}={example}")

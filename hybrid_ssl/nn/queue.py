@@ -34,11 +34,13 @@ class Queue(nn.Module):
         """Replace the oldest rows by those of all processes, in rank order; [n, D] with the same n on each.
 
         Called after the loss has read the queue, so that no row is its own negative. Any n will do: the ring wraps,
-        and of more than `size` rows the last ones stay.
+        and of more than `size` rows the last ones stay. A row that is not finite is not taken: one bad image must not
+        spoil every batch until the queue has turned over.
         """
         size = len(self.rows)
         new = gather_no_grad(rows).to(self.rows.dtype)[-size:]
         slots = (self.pointer + torch.arange(len(new), device=new.device)) % size  # no sync: stays on the device
+        new = torch.where(new.isfinite().all(dim=1, keepdim=True), new, self.rows[slots])
         self.rows.index_copy_(0, slots, new)
         self.pointer.copy_((self.pointer + len(new)) % size)
         self.filled.copy_((self.filled + len(new)).clamp(max=size))

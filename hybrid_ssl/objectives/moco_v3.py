@@ -31,7 +31,7 @@ from ..nn.contrast import info_nce, unit
 from ..nn.distributed import gather_no_grad
 from ..nn.heads import Mlp
 from ..plan import Batch, EncoderSpec, Forward, Progress, Tokens
-from .base import Objective, ObjectiveSettings, crops_of
+from .base import Objective, ObjectiveSettings, check_two_crops
 
 
 class MoCoV3Settings(ObjectiveSettings):
@@ -63,11 +63,7 @@ class MoCoV3(Objective):
 
     def __init__(self, cfg: MoCoV3Settings, encoder: EncoderSpec) -> None:
         super().__init__(cfg, encoder)
-        if crops_of(encoder, cfg.view) != 2:
-            raise ValueError(
-                f"moco_v3 contrasts the two crops of a view, but {cfg.view!r} has {encoder.crops[cfg.view]}: "
-                f"set views.{cfg.view}.crops to 2"
-            )
+        check_two_crops(encoder, cfg.view, "moco_v3")
         self.cfg = cfg
         self.query = Forward("student", cfg.view, cfg.mask, cfg.drop)
         self.key = Forward("teacher", cfg.view)

@@ -78,6 +78,14 @@ def test_queue_is_equal_on_all_ranks_and_in_rank_order(ranks: list[Any]) -> None
         assert (int(pointer), int(filled)) == (1, 7)
 
 
+def test_a_bad_row_leaves_the_queues_row_alone() -> None:
+    queue = Queue(4, 5).double()
+    before, new = queue.read(), LOGITS[:2].clone()
+    new[0, 3] = torch.nan
+    queue.push(new)
+    torch.testing.assert_close(queue.rows, torch.cat((before[:1], new[1:], before[2:])))
+
+
 def test_center_after_one_step_is_a_tenth_of_the_mean() -> None:
     center = Center(5).double()
     center.update(LOGITS.sum(0), len(LOGITS))

@@ -197,6 +197,19 @@ class ViewSettings(Settings):
         return self
 
 
+def shown(views: Iterable[str | None], settings: Mapping[str, ModalitySettings]) -> dict[str, ModalitySettings]:
+    """The settings of the modalities that views name; ValueError for one that is not there."""
+    names = dict.fromkeys(name for name in views if name is not None)
+    for name in names:
+        if name not in settings:
+            known = ", ".join(settings) or "none"
+            raise ValueError(
+                f"a view shows modality {name!r}; data.modalities has: {known}. For example "
+                f"data.modalities.{name}={{column: {name}}}"
+            )
+    return {name: settings[name] for name in names}
+
+
 class RandomMask(Settings):
     """Uniformly random units, the same number in every crop (MAE, SimMIM)."""
 
@@ -226,19 +239,6 @@ class BlockMask(Settings):
     """area of the largest block; null: what is still missing"""
     aspect: list[float] = Field([0.3, 3.3333333333333335], min_length=2, max_length=2)
     unit: int | None = Field(None, ge=1)
-def shown(views: Iterable[str | None], settings: Mapping[str, ModalitySettings]) -> dict[str, ModalitySettings]:
-    """The settings of the modalities that views name; ValueError for one that is not there."""
-    names = dict.fromkeys(name for name in views if name is not None)
-    for name in names:
-        if name not in settings:
-            known = ", ".join(settings) or "none"
-            raise ValueError(
-                f"a view shows modality {name!r}; data.modalities has: {known}. For example "
-                f"data.modalities.{name}={{column: {name}}}"
-            )
-    return {name: settings[name] for name in names}
-
-
     start: Duration = "0 steps"
     """duration before which nothing is hidden (iBOT on Swin: 50 epochs)"""
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from .config import Recipe
 from .monitor.curves import curves
 from .monitor.log import METRICS
-from .monitor.pictures import reconstruction_sheet, view_sheet
+from .monitor.pictures import as_pictures, reconstruction_sheet, view_sheet
 from .plan import Batch
 from .pretrainer import Pretrainer
 from .schedule import Progress
@@ -20,9 +21,17 @@ IMAGES = 8
 def draw_views(recipe: Recipe, pretrainer: Pretrainer, batch: Batch, out: Path) -> None:
     """What the encoder really sees: every crop of some images, and what the masks hide of them."""
     spec = pretrainer.spec
-    places = {name: mask.view for name, mask in recipe.masks.items() if name in batch.masks}
-    masks = {name: batch.masks[name] for name in places}
-    view_sheet(batch.views, spec.crops, masks, places, spec.grids, images=IMAGES).save(out / "views.png")
+    masks: dict[str, Tensor] = {}
+    places: dict[str, str] = {}
+    for name, mask in recipe.masks.items():
+        if name not in batch.masks:
+            continue
+        over = [mask.view, *getattr(mask, "beside", [])]  # a part of the mask for each modality
+        for view, part in zip(over, batch.masks[name].chunk(len(over), dim=1), strict=True):
+            title = name if view == mask.view else f"{name}, {view}"
+            masks[title], places[title] = part, view
+    views = {name: as_pictures(view) for name, view in batch.views.items()}
+    view_sheet(views, spec.crops, masks, places, spec.grids, images=IMAGES).save(out / "views.png")
 
 
 def draw_reconstructions(recipe: Recipe, pretrainer: Pretrainer, batch: Batch, now: Progress, out: Path) -> None:
@@ -42,9 +51,10 @@ def draw_reconstructions(recipe: Recipe, pretrainer: Pretrainer, batch: Batch, n
         for label, part in able.items():
             view, mask = part.needs[0].view, part.needs[0].mask
             assert mask is not None
+            hidden = batch.masks[mask][:, : pretrainer.spec.tokens(view)]  # other modalities come behind the images
             predicted = part.reconstruct(tokens, ready) * pretrainer.std + pretrainer.mean  # back to 0..255
             sheet = reconstruction_sheet(
-                batch.views[view], batch.masks[mask], predicted.cpu() / 255, pretrainer.spec.grids[view], images=IMAGES
+                batch.views[view], hidden, predicted.cpu() / 255, pretrainer.spec.grids[view], images=IMAGES
             )
             sheet.save(out / f"reconstruction_{label}.png")
     pretrainer.train()

@@ -19,6 +19,7 @@ from torch import Tensor
 
 INK, FAINT, PAPER = "#22262b", "#7d858e", "#ffffff"
 _HIDDEN = torch.tensor([183, 206, 233], dtype=torch.uint8)  # flat pale blue: hardly any image content looks like it
+_HUES = torch.tensor([67, 129, 197])  # odd: neighbouring ids differ, and none of 256 looks like another
 _GAP, _MARGIN, _HEAD = 8, 16, 40
 
 
@@ -62,6 +63,20 @@ def view_sheet(
                 share = f"{cover.float().mean():.0%} hidden"
                 columns.append(Column(_numbered(mask, v, crops[name]), share, cover_patches(part, cover, grids, name)))
     return sheet(columns, images, cell)
+
+
+def as_pictures(view: Tensor) -> Tensor:
+    """Other modalities as pictures: a continuous map from its lowest value to its highest, a label map in colours.
+
+    uint8 [V*B, C, H, W] as it is; float [V*B, C, H, W]; or ids [V*B, 1, H, W] of another integer type -> uint8.
+    """
+    if view.dtype == torch.uint8:
+        return view
+    if not view.is_floating_point():
+        return (view.long() * _HUES.view(1, 3, 1, 1) % 256).to(torch.uint8)
+    low, high = view.flatten(1).aminmax(dim=1)
+    scaled = (view - low.view(-1, 1, 1, 1)) / (high - low).clamp(min=1e-12).view(-1, 1, 1, 1)
+    return (scaled * 255).round().to(torch.uint8)
 
 
 def reconstruction_sheet(

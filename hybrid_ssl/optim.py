@@ -47,6 +47,8 @@ class OptimizerSettings(Settings):
     cosine_from: Literal["warmup", "start"] = "warmup"
     """where the cosine begins: at the end of the warm-up (MAE, MoCo v3, DINO), or at the start of the run with the
     warm-up laid over it, so that it never reaches the full rate (SimMIM and Swin, through timm's default)"""
+    cosine_to: Duration = "100%"
+    """where the cosine would reach `min_lr`; beyond 100 % the run ends before (MSN: 125%)"""
     milestones: list[Duration] = []
     """`step` schedule: where lr is multiplied by `gamma`"""
     gamma: float = Field(0.1, gt=0, le=1)
@@ -93,7 +95,8 @@ def lr_at(cfg: OptimizerSettings, peak: float, now: Progress) -> float:
         passed = sum(now.step >= to_steps(m, now.total_steps, now.steps_per_epoch) for m in cfg.milestones)
         return float(peak * cfg.gamma**passed)
     begin = warmup if cfg.cosine_from == "warmup" else 0.0
-    done = (now.step - begin) / max(1.0, now.total_steps - begin)
+    end = to_steps(cfg.cosine_to, now.total_steps, now.steps_per_epoch)
+    done = (now.step - begin) / max(1.0, end - begin)
     return cfg.min_lr + (peak - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 

@@ -104,6 +104,13 @@ def test_steps_are_simmims() -> None:
     assert rates(cfg) == pytest.approx(official, rel=1e-12)
 
 
+def test_cosine_laid_over_more_than_the_run_ends_before_its_end() -> None:
+    """MSN: all schedules over 1.25 times the run."""
+    short = rates(settings(warmup="3 epochs", min_lr=0.01, cosine_to="125%"))
+    longer = [lr_at(settings(warmup="3 epochs", min_lr=0.01), 1.0, Progress(step, 75, 5)) for step in range(60)]
+    assert short == pytest.approx(longer, rel=1e-12) and short[-1] > 0.05
+
+
 def test_constant_rate_stays_at_the_peak() -> None:
     assert set(rates(settings(schedule="constant"), peak=0.3)) == {0.3}
 

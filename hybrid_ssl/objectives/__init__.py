@@ -23,6 +23,7 @@ from .maskfeat import MaskFeat
 from .moco_v1 import MoCoV1
 from .moco_v2 import MoCoV2
 from .moco_v3 import MoCoV3
+from .msn import MSN
 from .multimae import MultiMAE
 from .rotation import Rotation
 from .simclr import SimCLR
@@ -41,6 +42,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "ibot": IBOT,
     "dinov2": DINOv2,
     "gram": Gram,
+    "msn": MSN,
     "lejepa": LeJEPA,
     "maskfeat": MaskFeat,
     "data2vec": Data2Vec,

@@ -55,7 +55,7 @@ class Outcome:
 
     def probe(self, pretrainer: Pretrainer, *, say: Say, step: int) -> dict[str, dict[str, float]]:
         """Network -> its numbers; says them in one line."""
-        networks = ["student"] if pretrainer.teacher is None else ["teacher", "student"]
+        networks = ["student"] if pretrainer.teacher is None or step == 0 else ["teacher", "student"]  # equal at first
         results = {network: self._measure(pretrainer, network) for network in networks}
         if self._probe.labelled:
             self.numbers["raw pixels"] = self._probe.raw_pixels()

@@ -12,12 +12,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from random import Random
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..plan import Batch
+from .corrupt import corrupt
 from .decode import Decoder
 from .dirichlet import mask_grid
 from .masks import make_mask, stratified_shares
@@ -70,34 +72,36 @@ class Samples:
     def __post_init__(self) -> None:
         self._broken: set[int] = set()
         self._kept: dict[int, tuple[Tensor, int | None]] = {}
+        settings = self.views.settings
+        clean = {view.like for view in settings.values() if view.corrupt and view.like}
+        self._donors = {name: Views({name: settings[name]}, self.views.jitter) for name in clean}
 
     def build(self, micro: MicroBatch) -> tuple[Batch, tuple[Broken, ...]]:
         """Decode once per image, cut all views, draw all masks."""
         broken: list[Broken] = []
-        rows = [self._image(micro, place, broken) for place in range(len(micro.ids))]
+        rows = [self._image(micro, i, broken) for i in micro.ids]
         drawn = [
             self.views(row.image, self.seed, micro.epoch, i, partial(self.modalities.cut, row.image, row.maps))
             for i, row in zip(micro.ids, rows, strict=True)
         ]
-        views = {
-            name: torch.stack([each[name] for each in drawn], 1).flatten(0, 1) for name in drawn[0]
-        }  # [V*B, C, h, w]
+        pixels = [self._corrupt(each, micro, i, broken) for i, each in zip(micro.ids, drawn, strict=True)]
+        views = {name: torch.stack([each[name] for each in drawn], 1).flatten(0, 1) for name in drawn[0]}
         masks: dict[str, Tensor] = {}
         for name in self.masks:
             masks |= self._masks(name, micro)
         labels = [row.label for row in rows if row.label is not None]
         batch = Batch(
             views=views,
-            masks=masks,
+            masks=masks | {name: _view_major([list(each[name]) for each in pixels]) for name in pixels[0]},
             labels=torch.tensor(labels) if len(labels) == len(rows) else None,
             ids=torch.tensor([row.id for row in rows]),
             hidden={name: mask.flatten().nonzero().squeeze(1) for name, mask in masks.items()},
         )
         return batch, tuple(broken)
 
-    def _image(self, micro: MicroBatch, place: int, broken: list[Broken]) -> Row:
-        """What is known of the image at `place`; of a replacement if it is broken."""
-        i = wanted = micro.ids[place]
+    def _image(self, micro: MicroBatch, wanted: int, broken: list[Broken]) -> Row:
+        """What is known of the image `wanted`; of a replacement if it is broken."""
+        i = wanted
         problem = Broken(i, "", "known to be broken")
         for attempt in range(_REPLACEMENTS):
             if i not in self._broken:
@@ -123,6 +127,30 @@ class Samples:
         if image.numel() * len(self.source) <= _KEPT_BYTES:
             self._kept[i] = image, label
         return image, label
+
+    def _corrupt(self, crops: dict[str, Tensor], micro: MicroBatch, i: int, broken: list[Broken]) -> dict[str, Tensor]:
+        """Add the corrupted views to the crops of image `i`; returns where they are: bool [V, h * w] by mask name."""
+        where = {}
+        for name, view in self.views.settings.items():
+            if view.corrupt is None or view.like is None:
+                continue
+            rng = keyed(self.seed, micro.epoch, i, f"{name}/corrupt")
+            donor = self._donor(view.like, micro, i, rng, broken) if rng.random() < view.corrupt.replace else None
+            crops[name], where[f"{name}.pixels"] = corrupt(crops[view.like], donor, view.corrupt, rng)
+        return where
+
+    def _donor(self, view: str, micro: MicroBatch, i: int, rng: Random, broken: list[Broken]) -> Tensor | None:
+        """The view of another image, as it looks in this epoch: of the whole data set, but of the micro-batch when it
+        is streamed. None: there is no other image."""
+        everyone = range(len(self.source)) if micro.items is None else micro.ids
+        own = everyone.index(i)
+        if len(everyone) == 1:
+            return None
+        donor = everyone[(own + 1 + int(rng.random() * (len(everyone) - 1))) % len(everyone)]
+        row = self._image(micro, donor, broken)
+        if row.id == i:  # the donor is broken, and this image would stand in for it
+            return None
+        return self._donors[view](row.image, self.seed, micro.epoch, donor)[view]
 
     def _name(self, micro: MicroBatch, i: int) -> str:
         return self._item(micro, i).name if isinstance(self.source, Stream) else self.source.name(i)

@@ -116,6 +116,23 @@ class JitterSettings(Settings):
     hue: float = Field(0.1, ge=0, le=0.5)
 
 
+class CorruptSettings(Settings):
+    """Rectangles of pixels that are lost or come from another image (GMML); see `corrupt.py`."""
+
+    lost: float = Field(0.5, gt=0, lt=1)
+    """share of the pixels that are painted over"""
+    fill: list[int] | None = None
+    """what they are painted with, a value of 0 to 255 for each channel; null: the mean colour of the crop"""
+    replace: Share = 0.5
+    """probability that pixels of another image are pasted into the crops of an image, instead of paint"""
+    replaced: float = Field(0.3, gt=0, lt=1)
+    """share of the pixels that are, then"""
+    largest: float = Field(0.3, gt=0, le=1)
+    """longest side of a rectangle over that of the crop"""
+    align: int = Field(1, ge=1)
+    """corners lie on a grid of that many pixels; the encoder's patch size: whole patches are corrupted"""
+
+
 class ViewSettings(Settings):
     """A group of crops of equal size. Order: crop, flip, jitter, gray, blur, solarize, normalise."""
 
@@ -149,6 +166,9 @@ class ViewSettings(Settings):
     """all crops are one square, crop k turned by k x 90 degrees (rotation)"""
     cutpaste: list[Literal["none", "patch", "scar"]] | None = None
     """all crops have one box, and crop k gets the k-th defect planted; see `cutpaste.py`"""
+    corrupt: CorruptSettings | None = None
+    """take the finished crops of the view that this one is `like`, and corrupt them; the batch then has a mask
+    `NAME.pixels` that says where"""
 
     @property
     def one_box(self) -> bool:
@@ -158,7 +178,7 @@ class ViewSettings(Settings):
     @property
     def made(self) -> frozenset[str]:
         """What is done to the crops that an objective may rely on, in the words of the settings."""
-        made = {"turns": self.turns, "cutpaste": self.cutpaste}
+        made = {"turns": self.turns, "cutpaste": self.cutpaste, "corrupt": self.corrupt}
         return frozenset(name for name, done in made.items() if done)
 
     @property
@@ -188,6 +208,15 @@ class ViewSettings(Settings):
             raise ValueError(f"a view of modality {self.modality} is cut like one of the images: set `like`")
         if self.modality is not None and (self.jitter or self.gray or self.blur or self.solarize or self.one_box):
             raise ValueError(f"jitter, gray, blur, solarize and cutpaste are for images, not for {self.modality}")
+        if self.corrupt is not None:
+            side, align = min(self.height_width), self.corrupt.align
+            if any(n % align for n in self.height_width) or align > self.corrupt.largest * side:
+                raise ValueError(
+                    f"corrupt.align {align} has to divide the sides {self.size} and be at most corrupt.largest "
+                    f"{self.corrupt.largest} x {side} pixels"
+                )
+            if self.like is None:
+                raise ValueError("corrupt needs the clean view beside it: name that view in `like`")
         per_crop = {"gray": self.gray, "blur": self.blur, "solarize": self.solarize}
         if self.jitter:
             per_crop["jitter.p"] = self.jitter.p
@@ -272,9 +301,7 @@ class MultiBlockMask(Settings):
         for name in ("target_scale", "target_aspect", "context_scale"):
             low, high = getattr(self, name)
             if not 0 < low <= high or (name.endswith("scale") and high > 1):
-                raise ValueError(
-                    f"{name} must be 0 < low <= high{' <= 1' * ('scale' in name)}, got {[low, high]}"
-                )
+                raise ValueError(f"{name} must be 0 < low <= high{' <= 1' * ('scale' in name)}, got {[low, high]}")
         return self
 
 

@@ -71,6 +71,8 @@ class Views:
         height, width = image.shape[-2:]
         out = {}
         for name, view in self.settings.items():
+            if view.corrupt is not None:
+                continue  # made from the finished crops of another view, see samples.py
             base = view.like or name
             boxes = draw_boxes(self.settings[base], height, width, keyed(seed, epoch, sample_id, f"{base}/box"))
             if view.modality is not None:
@@ -163,8 +165,12 @@ def _check_like(name: str, view: ViewSettings, views: Mapping[str, ViewSettings]
     other = views[view.like]
     if other.like is not None:
         raise ValueError(f"view {name!r} is like {view.like!r}, which is like {other.like!r}: name that one")
+    if view.corrupt is not None and other.height_width != view.height_width:
+        raise ValueError(f"view {name!r} corrupts {view.like!r} and has to have its size {other.size}, not {view.size}")
     if view.modality is not None and other.shift:
-        raise ValueError(f"view {name!r} of modality {view.modality} is like {view.like!r}, which has a shift: take it out")
+        raise ValueError(
+            f"view {name!r} of modality {view.modality} is like {view.like!r}, which has a shift: take it out"
+        )
     if other.crops != view.crops:
         raise ValueError(f"view {name!r} has {view.crops} crops, {view.like!r} has {other.crops}: they must be as many")
     if other.shift != view.shift:

@@ -21,7 +21,7 @@ from torch import Tensor
 from hybrid_ssl.nn.distributed import rank, world_size
 from hybrid_ssl.objectives import objective_class
 from hybrid_ssl.objectives.base import Objective
-from hybrid_ssl.plan import Batch, EncoderSpec, Forward, Progress, Tokens
+from hybrid_ssl.plan import Batch, EncoderSpec, Forward, Modality, Progress, Tokens
 from tests.ranks import run_two_ranks
 
 SPEC = EncoderSpec(
@@ -66,6 +66,15 @@ def draw_targets(hidden: Tensor, seed: int, targets: int = 2, tokens: int = 3) -
     return noise.argsort(dim=2, descending=True).argsort(dim=2) < tokens
 
 
+def draw_view(spec: EncoderSpec, view: str, rows: int, draw: torch.Generator) -> Tensor:
+    """Noise like images of the view, or like maps of its modality."""
+    kind = spec.modalities.get(view, Modality(spec.stride, spec.in_chans))
+    shape = (rows, kind.channels, *(kind.patch * n for n in spec.grids[view]))
+    if kind.classes is None:
+        return torch.randn(shape, generator=draw)
+    return torch.randint(kind.classes + 1, shape, generator=draw).to(torch.int16)
+
+
 def make_inputs(
     needs: Sequence[Forward],
     images: int = 4,
@@ -76,28 +85,29 @@ def make_inputs(
 ) -> Inputs:
     """Random tokens for each pass, and the batch they could have come from. The student's tokens are leaves."""
     draw = torch.Generator().manual_seed(seed)
-    views = {
-        view: torch.randn(v * images, spec.in_chans, *(spec.stride * n for n in spec.grids[view]), generator=draw)
-        for view, v in spec.crops.items()
-    }
+    views = {view: draw_view(spec, view, v * images, draw) for view, v in spec.crops.items()}
     drawn = dict(masks or {})
     for need in needs:
         if need.mask is not None and need.mask not in drawn:
             rows = spec.crops[need.view] * images
-            drawn[need.mask] = draw_mask(rows, spec.tokens(need.view), not need.drop, draw)
+            tokens_of_all = spec.tokens(need.view) * (1 + len(need.beside))
+            drawn[need.mask] = draw_mask(rows, tokens_of_all, not need.drop, draw)
         if need.drop and f"{need.mask}.targets" not in drawn:
             drawn[f"{need.mask}.targets"] = draw_targets(drawn[need.mask or ""], seed)
+    for view, made in spec.made.items():
+        if "corrupt" in made:
+            drawn[f"{view}.pixels"] = torch.rand(views[view].shape[0], views[view][0, 0].numel(), generator=draw) < 0.4
     tokens = {}
     for need in needs:
         patches, dim = spec.of(need.net).tokens(need.view), spec.of(need.net).dim
         if need.drop:
-            patches -= int(drawn[need.mask or ""][0].sum())
+            patches = int((~drawn[need.mask or ""][0]).sum())
         x = torch.randn(spec.crops[need.view] * images, 1 + patches, dim, generator=draw, dtype=torch.float64)
         leaves = (part.to(dtype).contiguous().requires_grad_(need.net == "student") for part in (x[:, 0], x[:, 1:]))
         outputs = (torch.randn(x[:, 1:].shape, generator=draw, dtype=torch.float64) for _ in range(need.layers))
         tokens[need] = Tokens(*leaves, layers=tuple(output.to(dtype) for output in outputs))
     labels = torch.randint(3, (images,), generator=draw)
-    batch = Batch({k: v.to(dtype) for k, v in views.items()}, drawn, labels, torch.arange(images))
+    batch = Batch({k: v.to(dtype) if v.is_floating_point() else v for k, v in views.items()}, drawn, labels, torch.arange(images))
     return tokens, batch
 
 

@@ -25,6 +25,11 @@ def test_equals_a_double_loop() -> None:
     torch.testing.assert_close(koleo(ROWS), brute_force(ROWS), rtol=1e-12, atol=0)
 
 
+def test_equals_lightlys() -> None:
+    lightly = pytest.importorskip("lightly.loss")
+    torch.testing.assert_close(koleo(ROWS), lightly.KoLeoLoss()(ROWS))
+
+
 def test_gradient_equals_the_double_loops() -> None:
     ours, plain = ROWS.clone().requires_grad_(), ROWS.clone().requires_grad_()
     koleo(ours).backward()

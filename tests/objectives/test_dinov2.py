@@ -199,6 +199,12 @@ def test_local_weight_is_dinov3s() -> None:
     torch.testing.assert_close(found, (terms["global"] + terms["local"] / 2).detach())
 
 
+@pytest.mark.parametrize("case", ["sinkhorn", "center, shared head"])
+def test_overfits_eight_images(case: str) -> None:
+    losses = harness.overfit("dinov2", CASES[case])
+    assert losses[-1] < 0.7 * losses[0]
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_every_parameter_gets_a_gradient(case: str) -> None:
     harness.check_gradients("dinov2", CASES[case])

@@ -131,6 +131,21 @@ def test_two_ranks_equal_one() -> None:
     torch.testing.assert_close(torch.stack(losses(2)).mean(), losses(1)[0])  # no collective: the mean of the halves
 
 
+def test_overfits_eight_images() -> None:
+    """The student's features become as alike as those of another width."""
+    target = rows(1, dim=20, images=8)
+    student = rows(0, images=8).requires_grad_()
+    optimizer = torch.optim.Adam([student], lr=0.05)
+    losses = []
+    for _ in range(100):
+        optimizer.zero_grad()
+        loss = gram_loss(student, target)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 1e-3 * losses[0]
+
+
 def test_swins_grid_of_output_tokens() -> None:
     grids = {"global": (7, 6)}
     frozen = {"gram": EncoderSpec(dim=64, stride=16, grids={"global": (14, 12)}, crops={"global": 2})}

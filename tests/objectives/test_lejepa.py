@@ -99,6 +99,11 @@ def test_training_lifts_features_that_are_not_normal() -> None:
     assert end < 0.8 * start
 
 
+def test_overfits_eight_images() -> None:
+    losses = harness.overfit("lejepa", SMALL)
+    assert losses[-1] < 0.5 * losses[0]
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_every_parameter_gets_a_gradient(case: str) -> None:
     harness.check_gradients("lejepa", CASES[case])

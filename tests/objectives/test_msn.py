@@ -84,6 +84,22 @@ def test_loss_and_gradients_equal_the_published_form(case: str) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-12)
 
 
+def test_loss_equals_lightlys() -> None:
+    lightly = pytest.importorskip("lightly.loss")
+    objective = build(SMALL)
+    tokens, batch = harness.make_inputs(objective.needs)
+    anchors = objective.head(torch.cat([tokens[need].cls for need in objective.needs if need.net == "student"]))
+    targets = objective.teacher_head(tokens[objective.target].cls)
+    theirs = lightly.MSNLoss()(anchors, targets, objective.prototypes.weight)
+    found = objective.loss(tokens, batch, harness.now())["loss"]
+    torch.testing.assert_close(found, theirs)
+
+
+def test_overfits_eight_images() -> None:
+    losses = harness.overfit("msn", {**SMALL, "mask": None})
+    assert losses[-1] < 0.6 * losses[0]
+
+
 def test_sharpening_comes_before_sinkhorn() -> None:
     """The reverse order, and Sinkhorn on logits without the softmax between, give other targets."""
     p = LOGITS.softmax(-1)

@@ -32,6 +32,7 @@ PUBLISHED = {  # learning rate of a step, images in it, length: as the papers an
     "dinov2_vitl": (4e-3 * 2**0.5, 2048, "125000 steps"),
     "lejepa_vits": (2e-3, 256, "800 epochs"),
     "msn_vits": (1e-3, 1024, "800 epochs"),
+    "multimae_vitb": (8e-4, 2048, "1600 epochs"),
     "maskfeat_vitb": (1.6e-3, 2048, "300 epochs"),
     "data2vec_vitb": (2e-3, 2048, "800 epochs"),
     "ijepa_vitb": (1e-3, 2048, "600 epochs"),
@@ -66,10 +67,12 @@ SMALL_HEADS = {
     "rotation": [],
     "sit": ["hidden=32", "dim=16"],
     "cmae": ["decoder_dim=32", "decoder_depth=1", "decoder_heads=2", "feature_depth=1", "hidden=32", "dim=16"],
+    "multimae": ["decoder_dim=32", "decoder_depth=1", "decoder_heads=2"],
     "jigsaw": ["hidden=32"],
     "cutpaste": ["hidden=32", "bottleneck=16"],
 }
-SMALL_SIDE = {28: 28, 96: 32, 128: 32, 192: 64, 224: 64, 256: 64, 448: 128}
+STAND_INS = {"depth": "{derive: sobel}", "semseg": "{derive: levels, classes: 5}"}
+SMALL_SIDE = {28: 28, 56: 16, 96: 32, 128: 32, 192: 64, 224: 64, 256: 64, 448: 128}
 
 
 def reduced(path: Path) -> Recipe:
@@ -79,6 +82,7 @@ def reduced(path: Path) -> Recipe:
     changes += ["run.batch_size=4", "run.micro_batch=2", "run.workers=0"]
     changes += [f"encoder.args.{change}" for change in SMALL_ENCODER[full.encoder.name.split("_")[0]]]
     changes += [f"views.{name}.size={SMALL_SIDE[view.height_width[0]]}" for name, view in full.views.items()]
+    changes += [f"data.modalities.{name}={STAND_INS[name]}" for name in full.data.modalities]
     changes += [f"masks.{name}.min_tokens=1" for name, mask in full.masks.items() if mask.kind == "block"]
     for label, name in full.used_names.items():
         changes += [f"objectives.{label}.{change}" for change in SMALL_HEADS[name]]
@@ -122,7 +126,7 @@ def test_header_has_the_command_and_the_hardware(path: Path) -> None:
 def test_every_view_and_mask_has_a_user(path: Path) -> None:
     recipe = read_recipe(path)
     values = [value for settings in recipe.objectives.values() for value in vars(settings).values()]
-    words = {value for value in values if isinstance(value, str)}
+    words = {word for value in values for word in (value if isinstance(value, list) else [value])}
     assert recipe.masks.keys() <= words and recipe.views.keys() <= words
 
 

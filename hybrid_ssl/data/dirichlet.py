@@ -2,8 +2,8 @@
 
 After MultiMAE (arXiv 2204.01678, section 3.3). Shares of the modalities are drawn for each crop; each modality keeps
 its share of the visible tokens, rounded half to even, uniformly at random; then random tokens are added or taken away
-until exactly the wanted number is visible. With alpha = 1 every division is equally likely; a small alpha shows mostly one
-modality, a large one as much of each.
+until exactly the wanted number is visible. With alpha = 1 every division is equally likely; a small alpha shows mostly
+one modality, a large one as much of each.
 
 Legend: M modalities with N tokens each; a mask is bool [M*N], modality by modality, True = hidden.
 """

@@ -99,7 +99,7 @@ def find_partners(name: str, images: Images, others: Images) -> list[int]:
     if missing:
         raise ValueError(
             f"data.modalities.{name} has no picture for {len(missing)} of {len(stems)} images, e.g. {missing[0]!r}; "
-            f"its own are called like {next(iter(numbers))!r}: names under both folders have to be equal up to the ending"
+            f"its own are called like {next(iter(numbers))!r}: names in both have to be equal up to the ending"
         )
     return [numbers[stem] for stem in stems]
 

@@ -76,9 +76,14 @@ class Images(Source):
         """What image `i` is called inside its folder, wherever that is; ValueError if the source has no such names."""
         raise ValueError(f"{self.describe()}: these are no files in a folder, so others cannot be called like them")
 
+    def keep(self, columns: Sequence[str]) -> None:
+        """Make more columns readable by `cell`; ValueError for one that is not there."""
+        if columns:
+            raise ValueError(f"{self.describe()}: there are no columns, so none is called {columns[0]!r}")
+
     def cell(self, i: int, column: str) -> Any:
-        """Another column of row `i`, undecoded; ValueError if the source has no columns."""
-        raise ValueError(f"{self.describe()}: there are no columns, so none is called {column!r}")
+        """A kept column of row `i`, undecoded."""
+        raise NotImplementedError
 
     def label(self, i: int) -> int | None:
         return None if self.labels is None else int(self.labels[i])
@@ -130,8 +135,8 @@ def open_source(cfg: DataSettings) -> Source:
         from .streams import open_stream
 
         return open_stream(_names(cfg.source), cfg.limit, split=cfg.split, **options)
-    columns = [each.column for each in cfg.modalities.values() if each.column is not None]
-    source = open_named(cfg.source, split=cfg.split, columns=columns, **options)
+    source = open_named(cfg.source, split=cfg.split, **options)
+    source.keep([each.column for each in cfg.modalities.values() if each.column is not None])
     return source if cfg.limit is None else subset(source, cfg.limit, "data.limit")
 
 
@@ -143,19 +148,16 @@ def open_named(
     revision: str | None = None,
     image: str | None = None,
     label: str | None = None,
-    columns: Sequence[str] = (),
 ) -> Images:
-    """Open a source by its name or path; see `DataSettings` for the arguments. `columns` are kept beside the image."""
+    """Open a source by its name or path; see `DataSettings` for the arguments."""
     from .files import open_folders, open_list
     from .tables import is_table, open_table
     from .tars import find_shards, open_tars
 
     names = _names(named)
     if all(is_table(name) for name in names):
-        table = open_table(names, split=split, config=config, revision=revision, image=image, label=label)
-        table.keep(columns)
-        return table
-    if image is not None or label is not None or columns:
+        return open_table(names, split=split, config=config, revision=revision, image=image, label=label)
+    if image is not None or label is not None:
         raise ValueError(f"{IMAGE_COLUMN_HINT}; {names[0]!r} has no columns: leave them out")
     paths = [Path(name).expanduser() for name in names]
     if len(paths) == 1 and paths[0].suffix == ".txt" and paths[0].is_file():

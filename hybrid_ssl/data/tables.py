@@ -39,7 +39,6 @@ class Table(Images):
         return payload(self.dataset[int(i)][self.image]), self.label(i)
 
     def keep(self, columns: Sequence[str]) -> None:
-        """Make more columns readable, undecoded; ValueError for one that is not there."""
         from datasets import Image
 
         for column in columns:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 INK, FAINT, PAPER = "#22262b", "#7d858e", "#ffffff"
 _HIDDEN = torch.tensor([183, 206, 233], dtype=torch.uint8)  # flat pale blue: hardly any image content looks like it
-_HUES = torch.tensor([67, 129, 197])  # odd: neighbouring ids differ, and none of 256 looks like another
+_HUES = torch.tensor([97, 157, 223])  # odd: none of 256 ids looks like another
 _GAP, _MARGIN, _HEAD = 8, 16, 40
 
 

@@ -63,7 +63,8 @@ def ragged_mean(values: Tensor) -> Tensor:
 
 def _gather(x: Tensor) -> Tensor:
     out = x.new_empty(world_size() * x.shape[0], *x.shape[1:])
-    dist.all_gather_into_tensor(out, x.contiguous())
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.14
+    all_gather(out, x.contiguous())
     return out
 
 

@@ -22,7 +22,7 @@ class Ours:
     def __init__(self, work: Work) -> None:
         recipe = recipe_of(work)
         self.pretrainer = build_pretrainer(recipe, list(MEAN), list(STD), layout=Layout(1, work.images, 1)).train()
-        self.optimizer = build_optimizer(recipe.optimizer, build_groups(recipe, self.pretrainer))
+        self.optimizer: Any = build_optimizer(recipe.optimizer, build_groups(recipe, self.pretrainer))
         self.parameters = [[p for p in self.pretrainer.parameters() if p.requires_grad]]
         self.recipe, self.work = recipe, work
         masks = {} if work.mask is None else {"hidden": work.mask}
@@ -94,8 +94,3 @@ def _objective(method: str, size: Size) -> dict[str, Any]:
         "ibot": {"mask": "hidden", "out_dim": size.ibot_prototypes} | head,
     }
     return settings[method]
-
-
-def count_parameters(trainer: Ours) -> int:
-    """Trained numbers."""
-    return sum(p.numel() for p in trainer.parameters[0])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import timm
 import torch
@@ -55,6 +56,7 @@ class Lightly:
             utils.update_momentum(student, teacher, m=MOMENTUM)
 
 
+Net = TypeVar("Net", bound=nn.Module)
 Parts = tuple[Sequence[nn.Module], Sequence[nn.Module], Callable[[], Tensor]]
 
 
@@ -73,7 +75,7 @@ def _encoder(work: Work, positions: str) -> MaskedVisionTransformerTIMM:
     return MaskedVisionTransformerTIMM(vit=vit, pos_embed_initialization=positions)
 
 
-def _teacher(module: nn.Module) -> nn.Module:
+def _teacher(module: Net) -> Net:
     teacher = copy.deepcopy(module)
     utils.deactivate_requires_grad(teacher)
     return teacher

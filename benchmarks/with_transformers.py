@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ class Transformers:
         self.optimizer.zero_grad()
 
 
-def _common(work: Work) -> dict[str, int]:
+def _common(work: Work) -> dict[str, Any]:
     size = work.size
     return {
         "hidden_size": size.dim,

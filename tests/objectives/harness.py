@@ -107,7 +107,9 @@ def make_inputs(
         outputs = (torch.randn(x[:, 1:].shape, generator=draw, dtype=torch.float64) for _ in range(need.layers))
         tokens[need] = Tokens(*leaves, layers=tuple(output.to(dtype) for output in outputs))
     labels = torch.randint(3, (images,), generator=draw)
-    batch = Batch({k: v.to(dtype) if v.is_floating_point() else v for k, v in views.items()}, drawn, labels, torch.arange(images))
+    batch = Batch(
+        {k: v.to(dtype) if v.is_floating_point() else v for k, v in views.items()}, drawn, labels, torch.arange(images)
+    )
     return tokens, batch
 
 

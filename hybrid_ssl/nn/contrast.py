@@ -72,7 +72,7 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
         logits = rows.flatten(0, 1) @ everyone.T / temperature  # [2N, 2M]
         own = torch.arange(images, device=rows.device) + rank() * images
         itself = torch.cat((own, own + len(everyone) // 2))  # column of each row itself
-        logits = logits.scatter(1, itself.unsqueeze(1), -torch.inf)
+        logits.scatter_(1, itself.unsqueeze(1), -torch.inf)
         positive = (rows[0] * rows[1]).sum(dim=1) / temperature  # [N], the same for both views
         return logits.logsumexp(dim=1).mean() - positive.mean()
 
@@ -94,8 +94,8 @@ def supcon(rows: Tensor, labels: Tensor, temperature: float, form: Literal["out"
         rows = full_precision(rows)
         logits = rows @ gather(rows).T / temperature  # [R, W*R]
         itself = (torch.arange(len(rows), device=rows.device) + rank() * len(rows)).unsqueeze(1)
-        logits = logits.scatter(1, itself, -torch.inf)
-        positive = (labels.unsqueeze(1) == gather_no_grad(labels)).scatter(1, itself, False)  # [R, W*R]
+        logits.scatter_(1, itself, -torch.inf)
+        positive = (labels.unsqueeze(1) == gather_no_grad(labels)).scatter_(1, itself, False)  # [R, W*R]
         count = positive.sum(dim=1).to(logits.dtype)  # before the log, which makes integers float32
         least = torch.finfo(logits.dtype).min  # finite: a row without positives must give 0, not NaN, backwards too
         if form == "out":

@@ -11,7 +11,6 @@ from __future__ import annotations
 from pydantic import Field
 
 from ..nn.heads import Mlp
-from ..plan import EncoderSpec
 from .moco_v1 import MoCoV1, MoCoV1Settings
 
 
@@ -28,9 +27,6 @@ class MoCoV2(MoCoV1):
 
     Config = MoCoV2Settings
     cfg: MoCoV2Settings
-
-    def __init__(self, cfg: MoCoV2Settings, encoder: EncoderSpec) -> None:
-        super().__init__(cfg, encoder)
 
     def build_projector(self, width: int) -> Mlp:
         """Two linear layers with a ReLU in between; no BatchNorm."""

@@ -66,6 +66,8 @@ class Encoder(nn.Module):
         self.gradient_checkpointing = False
         self.noise_rows = self._replace_drop_path()
         """rows of noise that a pass takes: one for each stochastic residual branch"""
+        # found once: asking all modules takes 0.4 ms, in every pass
+        self.attentions: list[Any] = [module for module in model.modules() if hasattr(module, "fused_attn")]
 
     def forward(
         self,
@@ -202,9 +204,8 @@ class Encoder(nn.Module):
             return
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameter.dtype
         fused = prefers_fused(device, dtype, length, torch.is_grad_enabled())
-        for module in self.model.modules():
-            if hasattr(module, "fused_attn"):
-                module.fused_attn = fused
+        for attention in self.attentions:
+            attention.fused_attn = fused
 
 
 def _set_noise(module: nn.Module, noise: Tensor | None) -> None:

@@ -39,6 +39,24 @@ def anomaly(args: argparse.Namespace) -> int:
     return 0
 
 
+def export(args: argparse.Namespace) -> int:
+    """Write the encoder of a run as a folder for timm and transformers, or as a file for something else."""
+    from .hub.targets import export_to
+
+    options = {"network": args.network, "licence": args.licence, "verify": not args.no_verify}
+    lines = export_to(args.to, Path(args.place), Path(args.out), **options)
+    print("\n".join([f"written to {args.out}", *lines]))
+    return 0
+
+
+def push(args: argparse.Namespace) -> int:
+    """Upload an exported folder to the Hugging Face Hub. The token is HF_TOKEN's or that of `hf auth login`."""
+    from .hub.push import push_export
+
+    print(push_export(Path(args.export), args.repo, private=args.private, message=args.message))
+    return 0
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hybrid-ssl", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -63,6 +81,23 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--size", type=int, help="side in pixels; default: as the encoder was trained")
     command.add_argument("--shown", type=int, default=16, help="pictures on heat.png")
     command.add_argument("--device", default="cpu", help="where the encoder runs")
+
+    command = commands.add_parser("export", help="write an encoder for others", description=export.__doc__)
+    command.set_defaults(run=export)
+    command.add_argument("place", metavar="RUN_OR_CHECKPOINT", help="a run's folder, one checkpoint, or an export")
+    command.add_argument("out", metavar="OUT", help="folder (timm) or file to write; an earlier export is replaced")
+    targets = ("timm", "onnx", "torch-export", "mmdet", "mmseg", "detectron2")
+    command.add_argument("--to", choices=targets, default="timm", help="default: timm, which is transformers', too")
+    command.add_argument("--network", choices=("auto", "teacher", "student"), help="default: as the recipe says")
+    command.add_argument("--licence", help="licence of the weights, as the Hub names it; default: as the recipe says")
+    command.add_argument("--no-verify", action="store_true", help="do not load it again to compare outputs")
+
+    command = commands.add_parser("push", help="upload an exported encoder", description=push.__doc__)
+    command.set_defaults(run=push)
+    command.add_argument("export", metavar="EXPORT", help="an exported folder, or a run's folder")
+    command.add_argument("repo", metavar="USER/NAME", help="repository; made if it is missing")
+    command.add_argument("--private", action="store_true", help="make it private; refuse one that is public")
+    command.add_argument("--message", help="of the commit")
 
     for command in commands.choices.values():
         command.add_argument("--traceback", action="store_true", help="on an error, show where it was raised")

@@ -90,12 +90,15 @@ def build_pretrainer(
         spec,
         grids={name: spec.grids[(view.modality and view.like) or name] for name, view in recipe.views.items()},
         modalities=modalities,
+        mean=tuple(mean),
+        std=tuple(std),
         made={name: view.made for name, view in recipe.views.items()},
         frozen={name: _spec_where_it_fits(other.encoder, sizes, crops) for name, other in frozen.items()},
     )
     objectives = build_objectives(recipe, spec)
     plan = union(need for objective in objectives.values() for need in objective.needs)
     check_masks(recipe, plan)
+    assert all(spec.of(need.net).grids[need.view] for need in plan)  # a ValueError for a view that does not fit
     check_targets(recipe, objectives)
     if any(need.mask and not need.drop for need in plan):
         encoder.add_mask_token()

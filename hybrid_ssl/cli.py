@@ -57,6 +57,21 @@ def push(args: argparse.Namespace) -> int:
     return 0
 
 
+def tokenizer(args: argparse.Namespace) -> int:
+    """Train a discrete tokenizer on pictures; the objective beit predicts its ids."""
+    from .tokenizer.train import TrainingSettings, train_tokenizer
+
+    names = ("kind", "channels", "stride", "codes", "dim", "width")
+    model = {name: value for name in names if (value := getattr(args, name)) is not None}
+    run = ("out", "steps", "batch_size", "seed", "workers", "log_every", "device")
+    asked = {name: getattr(args, name) for name in run}
+    data = {"source": args.source, "split": args.split, "image": args.image, "channels": args.channels}
+    view = {"size": args.size, "scale": [args.scale, 1.0]}
+    lr = {"start": args.lr, "end": args.lr / 100, "shape": "cosine"}
+    train_tokenizer(TrainingSettings.model_validate({"data": data, "view": view, "model": model, "lr": lr, **asked}))
+    return 0
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hybrid-ssl", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -98,6 +113,30 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("repo", metavar="USER/NAME", help="repository; made if it is missing")
     command.add_argument("--private", action="store_true", help="make it private; refuse one that is public")
     command.add_argument("--message", help="of the commit")
+
+    command = commands.add_parser(
+        "tokenizer", help="train the tokenizer whose ids beit predicts", description=tokenizer.__doc__
+    )
+    command.set_defaults(run=tokenizer)
+    command.add_argument("--source", required=True, help="pictures, in any form that data.source of a recipe takes")
+    command.add_argument("--out", required=True, help="folder to write")
+    command.add_argument("--kind", choices=("vq", "dvae"), default="vq", help="default: vq, the more robust one")
+    command.add_argument("--size", type=int, default=112, help="pixels of a picture's side (default: 112)")
+    command.add_argument("--stride", type=int, default=8, help="pixels of a square's side that gets an id (default: 8)")
+    command.add_argument("--scale", type=float, default=0.08, help="smallest share of a picture that a crop has")
+    command.add_argument("--codes", type=int, default=8192, help="number of ids (default: 8192)")
+    command.add_argument("--dim", type=int, help="width of a code (default: 32; dvae: 128)")
+    command.add_argument("--width", type=int, default=128, help="channels inside the network (default: 128)")
+    command.add_argument("--channels", type=int, default=3, help="channels of the pictures (default: 3)")
+    command.add_argument("--split", default="train", help="split of a data set (default: train)")
+    command.add_argument("--image", help="column of the picture; default: the first image column")
+    command.add_argument("--steps", type=int, default=20000, help="default: 20000")
+    command.add_argument("--batch-size", type=int, default=128, help="default: 128")
+    command.add_argument("--lr", type=float, default=1e-3, help="learning rate, falling to a hundredth (default: 1e-3)")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--workers", type=int, default=2, help="loader processes (default: 2)")
+    command.add_argument("--log-every", type=int, default=500, help="steps between two lines (default: 500)")
+    command.add_argument("--device", default="auto", help="default: a GPU if there is one")
 
     for command in commands.choices.values():
         command.add_argument("--traceback", action="store_true", help="on an error, show where it was raised")

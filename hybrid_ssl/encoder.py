@@ -144,7 +144,13 @@ class Encoder(nn.Module):
 
     def spec(self, sizes: Mapping[str, tuple[int, int]], crops: Mapping[str, int]) -> EncoderSpec:
         """What objectives may know, for views of these (height, width) and numbers of crops."""
-        grids = {view: self.grid(*size) for view, size in sizes.items()}
+        grids: dict[str, tuple[int, int]] = {}
+        misfits: dict[str, str] = {}
+        for view, size in sizes.items():
+            try:
+                grids[view] = self.grid(*size)
+            except ValueError as problem:
+                misfits[view] = str(problem)
         return EncoderSpec(
             dim=self.model.num_features,
             stride=self.stride,
@@ -154,6 +160,8 @@ class Encoder(nn.Module):
             layers=self.layers,
             grids=grids,
             crops=dict(crops),
+            sizes=dict(sizes),
+            misfits=misfits,
         )
 
     @property
@@ -435,7 +443,7 @@ def build_encoder(
     if cfg.init is None:
         _initialise(model, cfg.scheme)
     encoder = wrap(model)
-    rows, columns = [encoder.grid(*size) for size in (largest, *sizes.values())][0]
+    rows, columns = encoder.grid(*largest)
     if isinstance(encoder, SwinEncoder):
         encoder.check_windows(*largest)
     if cfg.position == "sincos":

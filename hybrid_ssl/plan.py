@@ -96,7 +96,11 @@ class Modality:
 
 
 class _Known(dict[str, Any]):
+    misfits: Mapping[str, str] = {}
+
     def __missing__(self, view: str) -> Any:
+        if view in self.misfits:
+            raise ValueError(f"view {view!r}: {self.misfits[view]}")
         raise ValueError(f"an objective asks for view {view!r}; the recipe's views are: {', '.join(self) or 'none'}")
 
 
@@ -118,6 +122,14 @@ class EncoderSpec:
     """view -> (rows, columns) of output tokens"""
     crops: Mapping[str, int] = field(default_factory=dict)
     """view -> number of crops V"""
+    sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """view -> (height, width) in pixels"""
+    misfits: Mapping[str, str] = field(default_factory=dict)
+    """view -> why it has no grid: no pass may read it, but an objective may (a tokenizer's picture)"""
+    mean: tuple[float, ...] = ()
+    """per channel in 0..1, what was subtracted from the images; empty: nothing"""
+    std: tuple[float, ...] = ()
+    """per channel in 0..1, what they were divided by then"""
     frozen: Mapping[str, EncoderSpec] = field(default_factory=dict)
     """name -> the same of a frozen encoder, for the views that fit it"""
     modalities: Mapping[str, Modality] = field(default_factory=dict)
@@ -129,6 +141,7 @@ class EncoderSpec:
     def __post_init__(self) -> None:
         for name in ("grids", "crops"):  # an objective that asks for an unknown view gets a sentence, not a KeyError
             object.__setattr__(self, name, _Known(getattr(self, name)))
+        self.grids.misfits = self.misfits  # type: ignore[attr-defined]  # a _Known since the line above
 
     def tokens(self, view: str) -> int:
         """N, the number of patches of one crop of `view`."""

@@ -24,7 +24,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "storage": set(),
     "nn": set(),
     "encoder": {"settings", "plan", "nn"},
-    "objectives": BASE | {"nn"},
+    "tokenizer": BASE | {"nn", "storage", "data", "monitor"},
+    "objectives": BASE | {"nn", "tokenizer"},  # its networks and files: BEiT reads a frozen one
     "optim": BASE | {"objectives"},
     "frozen": BASE | {"encoder"},
     "pretrainer": MODEL | {"frozen"},
@@ -41,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train": MODEL | RUN | {"optim", "pretrainer", "data", "storage", "checkpoint", "monitor", "config", "hub"},
     "downstream": MODEL | {"optim", "data", "storage", "checkpoint", "monitor", "config", "hub"},
     "anomaly": {"encoder", "data", "monitor", "hub"},
-    "cli": {"config", "train", "hub", "downstream", "anomaly"},
+    "cli": {"config", "train", "hub", "downstream", "anomaly", "tokenizer"},
 }
 OWNERS = {  # a library whose insides only these rooms may know
     "timm": {"encoder", "hub", "downstream", "engine"},  # engine: its version

@@ -179,7 +179,8 @@ class ViewSettings(Settings):
     def made(self) -> frozenset[str]:
         """What is done to the crops that an objective may rely on, in the words of the settings."""
         made = {"turns": self.turns, "cutpaste": self.cutpaste, "corrupt": self.corrupt}
-        return frozenset(name for name, done in made.items() if done)
+        done = frozenset(name for name, done in made.items() if done)
+        return done if self.like is None else done | {f"like={self.like}"}
 
     @property
     def height_width(self) -> tuple[int, int]:

@@ -1,0 +1,1 @@
+"""Discrete image tokenizers: trained here, frozen, and read by the objectives that predict their ids (BEiT)."""

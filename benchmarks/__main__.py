@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     lines += ["", f"Load of the machine at the end: {os.getloadavg()[0]:.1f}; {args.rounds} rounds."]
     text = "\n".join(lines)
     print(text)
-    if argv is None and not args.quick and parse([]) == args:
+    everything = parse([f"--rounds={args.rounds}"])
+    if argv is None and args == everything:
         report.write(text)
         print(f"written to {report.PAGE}", file=sys.stderr)
     return 0
@@ -61,8 +62,9 @@ def _works(args: argparse.Namespace) -> list[Work]:
 def _steps(args: argparse.Namespace) -> list[str]:
     results = []
     for work in _works(args):
-        print(f"{work.method} {work.precision} ...", file=sys.stderr, flush=True)
-        results += compare_steps(work, peers_of(work.method, tuple(args.peer)), args.rounds)
+        found = compare_steps(work, peers_of(work.method, tuple(args.peer)), args.rounds)
+        _progress(*report.steps_table(found)[2:])
+        results += found
     return report.steps_table(results)
 
 
@@ -71,18 +73,23 @@ def _memory(args: argparse.Namespace) -> list[str]:
     works = [work for work in _works(args) if work.precision == args.precision[0]][: 1 if args.quick else None]
     results = []
     for work in works:
-        print(f"memory of {work.method} ...", file=sys.stderr, flush=True)
         ours = peak_megabytes(OURS, work)
         for peer in peers_of(work.method, tuple(args.peer)):
             results.append(report.MemoryResult(work, peer, ours, peak_megabytes(peer, work)))
+            _progress(report.memory_table(results)[-1])
     return report.memory_table(results)
 
 
 def _data(args: argparse.Namespace) -> list[str]:
-    print("data path ...", file=sys.stderr, flush=True)
     images = 4 if args.quick else 24
     results = [r for task in TASKS for r in compare_data(task, args.rounds, images, args.peer)]
-    return report.data_table(results)
+    lines = report.data_table(results)
+    _progress(*lines[2:])
+    return lines
+
+
+def _progress(*rows: str) -> None:
+    print(*rows, sep="\n", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

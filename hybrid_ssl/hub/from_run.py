@@ -74,7 +74,9 @@ def export_run(
     tensors, state = checkpoint.load(_find(place))
     recipe = build_recipe(state["recipe"])
     which = _network(network or recipe.export.which, tensors)
-    encoder = build_encoder(recipe.encoder, in_chans=recipe.data.channels, sizes=recipe.sizes, native=recipe.native_size)
+    encoder = build_encoder(
+        recipe.encoder, in_chans=recipe.data.channels, sizes=recipe.sizes, native=recipe.native_size
+    )
     encoder.model.load_state_dict(_below(tensors, f"model.{which}.model."))
     mean, std = state["mean_std"]
     return export_encoder(

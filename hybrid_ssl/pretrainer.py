@@ -19,7 +19,7 @@ from .frozen import Frozen
 from .nn.adapters import standardise
 from .objectives.base import Objective
 from .plan import Batch, EncoderSpec, Forward, Tokens, union
-from .schedule import Progress, value_at
+from .schedule import Progress, to_steps, value_at
 
 
 class Pretrainer(nn.Module):
@@ -133,8 +133,22 @@ class Pretrainer(nn.Module):
             if frozen.due(now):
                 frozen.copy_from(self.encoder(frozen.cfg.of or "student"))
 
+    def check_schedule(self, total_steps: int, steps_per_epoch: int) -> None:
+        """ValueError for an objective that would pull towards a copy before it was taken: towards initial weights."""
+        for label, objective in self.parts.items():
+            for name in {need.net for need in objective.needs} & self._frozen().keys():
+                cfg = self._frozen()[name].cfg
+                first = round(to_steps(cfg.after, total_steps, steps_per_epoch)) if cfg.of else 0
+                steps = (Progress(step, total_steps, steps_per_epoch) for step in {0, first - 1} if first)
+                early = max((value_at(self.weights[label], step) for step in steps), default=0.0)
+                if early:
+                    raise ValueError(
+                        f"objectives.{label} has weight {early:g} before frozen.{name} is copied at step {first}: set "
+                        f"objectives.{label}.weight={{start: 0.0, end: 2.0, after: {cfg.after}}}, or copy earlier"
+                    )
+
     def train(self, mode: bool = True) -> Pretrainer:
-        """The teacher encoder stays in `eval`, without stochastic depth; BatchNorm in it and in its heads follows `mode`."""
+        """The teacher encoder stays in `eval`, without stochastic depth; BatchNorm in it and its heads follows `mode`."""
         super().train(mode)
         if self.teacher is not None:
             self.teacher.eval()

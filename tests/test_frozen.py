@@ -163,6 +163,17 @@ def test_without_weight_the_frozen_pass_is_not_run() -> None:
     assert calls == [3, 4]
 
 
+def test_weight_before_the_copy_is_refused() -> None:
+    frozen = {"gram": {"of": "teacher", "after": "50%"}}
+    late = {"start": 0.0, "end": 2.0, "after": "50%", "over": "1 steps"}
+    assemble(recipe_of(frozen, {"weight": late})).check_schedule(6, 4)
+    assemble(recipe_of({"gram": {"of": "student"}})).check_schedule(6, 4)
+    for weight in (1.0, late | {"after": "1 steps"}):
+        pretrainer = assemble(recipe_of(frozen, {"weight": weight}))
+        with pytest.raises(ValueError, match="before frozen.gram is copied at step 3.*set objectives.gram.weight="):
+            pretrainer.check_schedule(6, 4)
+
+
 def test_a_larger_picture_of_another_view_leaves_the_encoders_size() -> None:
     recipe = recipe_of({"gram": {"of": "teacher"}})
     pretrainer = assemble(recipe)
@@ -260,9 +271,10 @@ def test_two_ranks_equal_one() -> None:
 
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     frozen = {"gram": {"of": "teacher", "after": "3 steps", "every": "2 steps", "max_updates": 1}}
+    gram = {"weight": {"start": 0.0, "end": 2.0, "after": "2 steps", "over": "1 steps"}}
 
     def finish(resume: bool) -> dict[str, Tensor]:
-        assert pretrain(recipe_of(frozen, out=str(tmp_path / "run")), resume=resume) == 0
+        assert pretrain(recipe_of(frozen, gram, out=str(tmp_path / "run")), resume=resume) == 0
         found = latest(tmp_path / "run" / "checkpoints")
         assert found is not None and found.name.endswith("6")
         return load(found)[0]

@@ -37,6 +37,7 @@ from .data.sources import open_source
 from .data.stats import resolve_mean_std
 from .engine import StopSignal, agreed, environment, hardware, launch, moved, read_state, total, write_state
 from .gallery import IMAGES, draw_curves, draw_reconstructions, draw_views
+from .hub.from_run import recipe_of
 from .monitor.collapse import CollapseWatch, FiniteGuard
 from .monitor.log import RunLog
 from .monitor.meter import Means, Meter
@@ -328,6 +329,7 @@ class Run:
             "recipe": self.recipe.model_dump(mode="json"),
             "mean_std": [list(self.mean), list(self.std)],
             "images": len(self.source),
+            "timm": recipe_of(self.pretrainer.student.model),
             "hardware": hardware(self.accelerator),
             "optimizer": tree,
             "scaler": None if scaler is None else scaler.state_dict(),

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from .. import checkpoint
 from ..config import build_recipe
-from ..encoder import build_encoder
 from ..storage import publish
 from .export import Export, export_encoder
 from .facts import facts_of
@@ -74,13 +73,11 @@ def export_run(
     tensors, state = checkpoint.load(_find(place))
     recipe = build_recipe(state["recipe"])
     which = _network(network or recipe.export.which, tensors)
-    encoder = build_encoder(
-        recipe.encoder, in_chans=recipe.data.channels, sizes=recipe.sizes, native=recipe.native_size
-    )
-    encoder.model.load_state_dict(_below(tensors, f"model.{which}.model."))
+    model = timm.create_model(state["timm"]["architecture"], num_classes=0, **state["timm"]["args"])
+    model.load_state_dict(_below(tensors, f"model.{which}.model."))
     mean, std = state["mean_std"]
     return export_encoder(
-        encoder.model,
+        model,
         folder,
         input_size=(recipe.data.channels, *recipe.native_size),
         mean=mean,
@@ -99,6 +96,12 @@ def export_run(
             probe=probe_of(state["outcome"], which),
         ),
     )
+
+
+def recipe_of(model: Any) -> dict[str, Any]:
+    """How timm builds `model` again, for the state of a checkpoint: the weights that a run started from may be gone."""
+    args = {name: value for name, value in model._model_args.items() if name not in ("num_classes", "drop_path_rate")}
+    return {"architecture": model.pretrained_cfg["architecture"], "args": args}
 
 
 def probe_of(numbers: Mapping[str, float], network: str) -> dict[str, float]:

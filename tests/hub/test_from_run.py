@@ -12,7 +12,7 @@ import torch
 from hybrid_ssl import checkpoint
 from hybrid_ssl.config import build_recipe
 from hybrid_ssl.encoder import build_encoder
-from hybrid_ssl.hub.from_run import export_run
+from hybrid_ssl.hub.from_run import export_place, export_run, recipe_of
 
 
 @pytest.fixture
@@ -40,6 +40,9 @@ def run(tmp_path: Path) -> Path:
             "step": step,
             "steps_per_epoch": 4,
             "seconds": 60.0,
+            "images": 12_000,
+            "hardware": "2 CPU cores",
+            "timm": recipe_of(encoder.model),
             "mean_std": [[0.25], [0.5]],
             "outcome": {"raw pixels": 0.8, "teacher": 0.9, "student": 0.85},
         }
@@ -66,6 +69,7 @@ def test_latest_checkpoint_gives_the_network_asked_for(run: Path, network: str |
         "this encoder": {"teacher": 0.9, "student": 0.85}[which],
         "raw pixels": 0.8,
     }
+    assert config["ssl"]["images"] == 12_000 and config["ssl"]["hardware"] == "2 CPU cores"
     assert checkpoint.load(run / "checkpoints" / "step-00000002")  # a run is never changed by an export
 
 
@@ -84,3 +88,34 @@ def test_what_is_not_there_is_explained(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no teacher encoder; there is: student"):
         export_run(run, tmp_path / "out", network="teacher")
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_a_run_started_from_may_be_gone(run: Path, tmp_path: Path) -> None:
+    tensors, state = checkpoint.load(run / "checkpoints" / "step-00000002")
+    state["recipe"]["encoder"]["init"] = str(tmp_path / "moved away")
+    checkpoint.save(run / "checkpoints", 3, tensors, state, keep=2)
+    folder = export_run(run, tmp_path / "out", verify=False).folder
+    assert timm.create_model(f"local-dir:{folder}", pretrained=True).num_reg_tokens == 2
+    assert "moved away" not in (folder / "config.json").read_text() + (folder / "README.md").read_text()
+
+
+def test_exporting_an_export_copies_it(run: Path, tmp_path: Path) -> None:
+    first = export_place(run, tmp_path / "first", verify=False).folder
+    second = export_place(first, tmp_path / "second", verify=False).folder
+    again = export_place(second, second, verify=False).folder
+    contents = [{p.name: p.read_bytes() for p in folder.iterdir()} for folder in (first, second, again)]
+    assert contents[0] == contents[1] == contents[2] and len(contents[0]) == 4
+    with pytest.raises(ValueError, match="is an export already, with its network and licence"):
+        export_place(first, tmp_path / "third", licence="mit")
+
+
+def test_only_exports_are_replaced(run: Path, tmp_path: Path) -> None:
+    """A mistyped folder costs nothing."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("years of work")
+    (tmp_path / "file").write_text("a file")
+    for target in (tmp_path / "home", tmp_path / "file"):
+        for place in (run, export_place(run, tmp_path / "out", verify=False).folder):
+            with pytest.raises(ValueError, match="export replaces what is there"):
+                export_place(place, target, verify=False)
+    assert (tmp_path / "home" / "thesis.txt").read_text() == "years of work"

@@ -21,6 +21,7 @@ from .data.masks import hidden_count
 from .data.sources import Source
 from .encoder import Encoder, build_encoder, load_frozen
 from .frozen import Frozen
+from .nn.batchnorm import SyncBatchNorm1d
 from .objectives import objective_class
 from .objectives.base import Objective
 from .optim import param_groups
@@ -105,6 +106,9 @@ def build_pretrainer(
     beside = {view: need.view for need in plan for view in need.beside}
     for view, base in beside.items():
         encoder.add_adapter(view, spec.modality(view), spec.grids[base])
+    heads = (module for objective in objectives.values() for module in objective.modules())
+    if layout.world * layout.micro_batch < 2 and any(isinstance(module, SyncBatchNorm1d) for module in heads):
+        raise ValueError("BatchNorm over one image gives zeros: raise run.batch_size or run.micro_batch to 2 or more")
     encoder.gradient_checkpointing = recipe.run.gradient_checkpointing
     for option in ("gradient_checkpointing", "compile"):
         if getattr(recipe.run, option) and not encoder.blocks():
@@ -306,7 +310,7 @@ def describe_plan(pretrainer: Pretrainer) -> list[str]:
 
 def _cost(pretrainer: Pretrainer, need: Forward) -> float:
     """FLOPs of one image in one pass, backward included (twice the forward), counted on meta tensors."""
-    encoder: Encoder = copy.deepcopy(pretrainer.encoder(need.net)).to("meta")
+    encoder: Encoder = copy.deepcopy(pretrainer.encoder(need.net)).to("meta", torch.float32)
     crops, spec = pretrainer.spec.crops[need.view], pretrainer.spec.of(need.net)
     rows, columns = spec.grids[need.view]
     images = torch.empty(crops, spec.in_chans, rows * spec.stride, columns * spec.stride, device="meta")

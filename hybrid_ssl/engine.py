@@ -133,6 +133,11 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """Itself, or put together from its shards; all processes call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 

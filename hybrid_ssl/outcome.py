@@ -13,9 +13,10 @@ from .config import Recipe
 from .data.labelled import open_probe, read_images
 from .data.settings import ProbeSettings
 from .data.sources import Source
-from .engine import gathered, hardware
+from .engine import gathered, hardware, is_sharded
 from .hub.export import export_encoder
 from .hub.facts import facts_of
+from .hub.from_run import export_run
 from .hub.pushes import PushesOfRun
 from .monitor.probe import Probe
 from .pretrainer import Pretrainer
@@ -54,7 +55,9 @@ class Outcome:
         self.numbers = dict(state)
 
     def probe(self, pretrainer: Pretrainer, *, say: Say, step: int) -> dict[str, dict[str, float]]:
-        """Network -> its numbers; says them in one line."""
+        """Network -> its numbers; says them in one line. Nothing for an encoder that is spread over processes."""
+        if is_sharded(pretrainer):
+            return {}
         networks = ["student"] if pretrainer.teacher is None or step == 0 else ["teacher", "student"]  # equal at first
         results = {network: self._measure(pretrainer, network) for network in networks}
         if self._probe.labelled:
@@ -119,7 +122,8 @@ class Outcome:
         knn = f"k-NN top-1 {numbers['knn']:.3f}, " if "knn" in numbers else ""
         return f"{knn}feature std {numbers['std']:.3f}, rank {numbers['rank_centred']:.1f}"
 
-    def _network(self, pretrainer: Pretrainer) -> str:
+    def network(self, pretrainer: Pretrainer) -> str:
+        """The one that is exported; ValueError if the run will not have it."""
         wanted = self.recipe.export.which
         if wanted == "auto":
             return "student" if pretrainer.teacher is None else "teacher"
@@ -128,7 +132,11 @@ class Outcome:
         return wanted
 
     def _export(self, pretrainer: Pretrainer, folder: Path, spent: Spent, say: Say) -> None:
-        network = self._network(pretrainer)
+        if is_sharded(pretrainer):  # no process holds it; the newest checkpoint does
+            export = export_run(folder.parent, folder, verify=self.recipe.export.verify)
+            say(f"encoder written to {export.folder}" + (f"; {export.report}" if export.report else ""))
+            return
+        network = self.network(pretrainer)
         encoder = pretrainer.encoder(network)
         probe: dict[str, float] = {n: self.numbers[n] for n in ("raw pixels", "before training") if n in self.numbers}
         if network in self.numbers:

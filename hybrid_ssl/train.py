@@ -35,7 +35,19 @@ from .contract import check_folder, check_resume
 from .data.loader import Broken
 from .data.sources import open_source
 from .data.stats import resolve_mean_std
-from .engine import StopSignal, agreed, environment, hardware, launch, moved, read_state, total, write_state
+from .engine import (
+    StopSignal,
+    agreed,
+    environment,
+    hardware,
+    is_sharded,
+    launch,
+    moved,
+    read_state,
+    total,
+    whole,
+    write_state,
+)
 from .gallery import IMAGES, draw_curves, draw_reconstructions, draw_views
 from .hub.from_run import recipe_of
 from .monitor.collapse import CollapseWatch, FiniteGuard
@@ -78,8 +90,12 @@ def pretrain(recipe: Recipe, *, resume: bool = False, dry_run: bool = False, sho
         return DONE
     if dry_run:
         return run.rehearse()
-    with storage.lock(out) if run.main else nullcontext():
-        return run.fit(out, found)
+    try:
+        with storage.lock(out) if run.main else nullcontext():
+            return run.fit(out, found)
+    except storage.StorageError as error:  # a checkpoint that fails does not end a run; its last export does
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return STORAGE
 
 
 class Run:
@@ -99,6 +115,7 @@ class Run:
                 encoder.synchronise_batchnorm()
         self.steps_per_epoch = max(1, len(self.source) // recipe.run.batch_size)
         self.total = total_steps(recipe, self.steps_per_epoch)
+        self.pretrainer.check_schedule(self.total, self.steps_per_epoch)
         self.loader = build_loader(
             recipe,
             self.source,
@@ -109,13 +126,16 @@ class Run:
             on_broken=self._note_broken,
         )
         self.outcome = Outcome(recipe, self.source, self.accelerator, self.mean, self.std)
+        self.outcome.network(self.pretrainer)  # refuses one that the run will not have
         self.peak, self.lr_sentence = peak_lr(recipe.optimizer, recipe.run.batch_size)
         optimizer = build_optimizer(recipe.optimizer, build_groups(recipe, self.pretrainer))
         if recipe.run.compile:
             for block in self.pretrainer.student.blocks():
                 block.compile()
+        self.plan = describe_plan(self.pretrainer) if self.main else []  # before it is sharded: it takes a copy
         self.model, self.optimizer = self.accelerator.prepare(self.pretrainer, optimizer)
         self.model.train()
+        self.sharded = is_sharded(self.pretrainer)
         self.modules = [
             [p for p in part.parameters() if p.requires_grad]
             for part in (self.pretrainer.student, *self.pretrainer.objectives.values())
@@ -147,7 +167,7 @@ class Run:
         lines = [
             f"data: {self.source.describe()}",
             f"encoder: {self.recipe.encoder.name}, {size / 1e6:.1f} M parameters, on {machine}",
-            *(describe_plan(self.pretrainer) if self.main else []),
+            *self.plan,
             f"batch: {run.batch_size} = {parts}",
             f"{self.lr_sentence}; {self.total} steps, {self.steps_per_epoch} an epoch",
         ]
@@ -239,18 +259,18 @@ class Run:
             self.accelerator.unscale_gradients(self.optimizer)
         norm = clip_gradients(recipe.optimizer.clip, self.modules)  # the same on all processes
         drop_held(self.optimizer, now)
-        finite = norm.isfinite()
         if self.accelerator.scaler is None:
             # where found_inf is 1 fused optimizers leave everything as it was: no step on NaN, no waiting to find out
-            self.optimizer.optimizer.found_inf = (~finite).float()
+            self.optimizer.optimizer.found_inf = (~norm.isfinite()).float()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         # after a skipped step the student is as before, and the teacher moves on towards it
         later = replace(now, step=now.step + recipe.teacher.offset)
         self.pretrainer.move_teachers(value_at(recipe.teacher.momentum, later))
         self.pretrainer.refresh_frozen(replace(now, step=now.step + 1))
+        norm = whole(norm)
         self.means.add({"grad_norm": norm})
-        self.finite.append(finite)
+        self.finite.append(norm.isfinite())
         self.rates = {"lr": lr, "weight_decay": decay}
         self.meter.step()
 
@@ -385,7 +405,8 @@ class Run:
         if code == NON_FINITE:
             return code
         with self.meter.paused():
-            self.save(done)
+            if not self.save(done):
+                return NON_FINITE
         if code:
             name = {130: "SIGINT", 143: "SIGTERM or SIGUSR1", COLLAPSED: "the collapse watch"}[code]
             self.say(f"stopped by {name} at step {done} of {self.total}; saved. Continue with --resume")
@@ -393,12 +414,15 @@ class Run:
         self._probe(done)
         if self.main:
             draw_curves(self.out)
+        if self.main and not self.sharded:
             now = Progress(done, self.total, self.steps_per_epoch, self.recipe.run.seed)
             draw_reconstructions(self.recipe, self.pretrainer, self.loader.preview(IMAGES), now, self.out)
         self._export(done, last=True)
         return DONE
 
     def _export(self, done: int, push: bool = False, last: bool = False) -> None:
+        if self.sharded and not last:
+            self.save(done)  # the export is made from it
         spent = Spent(done, self.steps_per_epoch, self.seconds)
         self.outcome.export(self.pretrainer, self.out, spent, say=self.say, push=push, last=last)
 

@@ -138,7 +138,7 @@ class ViewSettings(Settings):
 
     size: int | list[int] = 224
     """pixels: side, or [height, width]"""
-    crops: int = Field(1, ge=1)
+    crops: int = Field(1, ge=1, le=100)
     crop: Literal["random", "center"] = "random"
     """`random`: random resized crop; `center`: resize the short side and cut the centre"""
     scale: list[float] = Field([0.2, 1.0], min_length=2, max_length=2)
@@ -178,7 +178,8 @@ class ViewSettings(Settings):
     @property
     def made(self) -> frozenset[str]:
         """What is done to the crops that an objective may rely on, in the words of the settings."""
-        made = {"turns": self.turns, "cutpaste": self.cutpaste, "corrupt": self.corrupt}
+        gray = self.gray in (1, [1] * self.crops)
+        made = {"turns": self.turns, "cutpaste": self.cutpaste, "corrupt": self.corrupt, "gray": gray}
         done = frozenset(name for name, done in made.items() if done)
         return done if self.like is None else done | {f"like={self.like}"}
 
@@ -190,8 +191,8 @@ class ViewSettings(Settings):
     def _check(self) -> ViewSettings:
         if isinstance(self.size, list) and len(self.size) != 2:
             raise ValueError(f"size is [height, width], got {self.size}")
-        if min(self.height_width) < 1:
-            raise ValueError(f"size must be positive, got {self.size}")
+        if not 1 <= min(self.height_width) <= max(self.height_width) <= 8192:
+            raise ValueError(f"size must be from 1 to 8192 pixels, got {self.size}")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError(f"scale must be 0 < low <= high <= 1, got {self.scale}")
         if not 0 < self.ratio[0] <= self.ratio[1]:

@@ -13,6 +13,7 @@ from hybrid_ssl.data.sources import open_source
 from hybrid_ssl.optim import build_optimizer, peak_lr
 from hybrid_ssl.plan import Progress
 from hybrid_ssl.pretrainer import Pretrainer
+from tests.tiny_tokenizer import shared_tokenizer
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
@@ -33,6 +34,7 @@ PUBLISHED = {  # learning rate of a step, images in it, length: as the papers an
     "lejepa_vits": (2e-3, 256, "800 epochs"),
     "msn_vits": (1e-3, 1024, "800 epochs"),
     "multimae_vitb": (8e-4, 2048, "1600 epochs"),
+    "beit_vitb": (1.5e-3, 2048, "800 epochs"),
     "maskfeat_vitb": (1.6e-3, 2048, "300 epochs"),
     "data2vec_vitb": (2e-3, 2048, "800 epochs"),
     "ijepa_vitb": (1e-3, 2048, "600 epochs"),
@@ -52,6 +54,7 @@ SMALL_HEADS = {
     "gram": [],
     "lejepa": ["hidden=32", "slices=16"],
     "msn": ["out_dim=32", "hidden=32", "dim=16"],
+    "beit": [],
     "maskfeat": [],
     "data2vec": ["layers=2"],
     "ijepa": ["predictor_dim=48", "predictor_depth=1"],
@@ -72,7 +75,7 @@ SMALL_HEADS = {
     "cutpaste": ["hidden=32", "bottleneck=16"],
 }
 STAND_INS = {"depth": "{derive: sobel}", "semseg": "{derive: levels, classes: 5}"}
-SMALL_SIDE = {28: 28, 56: 16, 96: 32, 128: 32, 192: 64, 224: 64, 256: 64, 448: 128}
+SMALL_SIDE = {28: 28, 56: 16, 96: 32, 112: 32, 128: 32, 192: 64, 224: 64, 256: 64, 448: 128}
 
 
 def reduced(path: Path) -> Recipe:
@@ -86,6 +89,7 @@ def reduced(path: Path) -> Recipe:
     changes += [f"masks.{name}.min_tokens=1" for name, mask in full.masks.items() if mask.kind == "block"]
     for label, name in full.used_names.items():
         changes += [f"objectives.{label}.{change}" for change in SMALL_HEADS[name]]
+        changes += [f"objectives.{label}.tokenizer={shared_tokenizer()}"] if name == "beit" else []
     return read_recipe(path, changes)
 
 

@@ -7,6 +7,7 @@ import importlib
 
 from .barlow_twins import BarlowTwins
 from .base import Objective
+from .beit import BEiT
 from .byol import BYOL
 from .cmae import CMAE
 from .cutpaste import CutPaste
@@ -44,6 +45,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "gram": Gram,
     "msn": MSN,
     "lejepa": LeJEPA,
+    "beit": BEiT,
     "maskfeat": MaskFeat,
     "data2vec": Data2Vec,
     "ijepa": IJEPA,

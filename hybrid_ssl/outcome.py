@@ -57,6 +57,8 @@ class Outcome:
     def probe(self, pretrainer: Pretrainer, *, say: Say, step: int) -> dict[str, dict[str, float]]:
         """Network -> its numbers; says them in one line. Nothing for an encoder that is spread over processes."""
         if is_sharded(pretrainer):
+            if step == 0:
+                say("the probe is left out: no process holds the whole encoder")
             return {}
         networks = ["student"] if pretrainer.teacher is None or step == 0 else ["teacher", "student"]  # equal at first
         results = {network: self._measure(pretrainer, network) for network in networks}

@@ -22,6 +22,7 @@ from torch.distributed.fsdp import fully_shard
 import hybrid_ssl.train
 from hybrid_ssl.assemble import build_groups, build_loader, build_pretrainer, lay_out
 from hybrid_ssl.checkpoint import checkpoints
+from hybrid_ssl.cli import main
 from hybrid_ssl.config import Recipe
 from hybrid_ssl.data.sources import open_source
 from hybrid_ssl.engine import is_sharded, read_state, write_state
@@ -132,14 +133,36 @@ def train_sharded() -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
-def on_two_ranks() -> dict[str, Any]:
-    return {"engine": in_float64(), "sharded": train_sharded()}
+def run_sharded(recipe: str) -> int:
+    """A whole run whose model is sharded where Accelerate would do it; its FSDP2 itself needs GPUs."""
+
+    def prepare(self: Accelerator, pretrainer: Pretrainer, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+        shard(pretrainer)
+        now = dict(pretrainer.named_parameters())
+        for group in optimizer.param_groups:
+            group["params"] = [now[name] for name in group["names"]]
+        return pretrainer, self.prepare_optimizer(optimizer)
+
+    # only in this process, which ends soon; whoever started the process group ends it
+    Accelerator.prepare, Accelerator.end_training = prepare, lambda self: None
+    AcceleratorState._reset_state(reset_partial_state=False)
+    return main(["pretrain", recipe, "export.every=2 steps"])
+
+
+def on_two_ranks(recipe: str) -> dict[str, Any]:
+    return {"engine": in_float64(), "sharded": train_sharded(), "run": run_sharded(recipe)}
 
 
 @pytest.fixture(scope="module")
-def two_ranks() -> list[dict[str, Any]]:
+def sharded_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sharded")
+    return write_recipe(folder, recipe_data(folder / "run", run={"length": "3 steps"}))
+
+
+@pytest.fixture(scope="module")
+def two_ranks(sharded_run: Path) -> list[dict[str, Any]]:
     """One start of two processes for all tests here."""
-    return run_two_ranks(on_two_ranks)
+    return run_two_ranks(on_two_ranks, str(sharded_run))
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +183,17 @@ def test_sharded_training_and_its_checkpoint_equal_one_process(two_ranks: list[d
     """FSDP2 on gloo: forward, backward, clipping, AdamW and teachers on shards, and a whole state back into shards."""
     expected = train_sharded()
     torch.testing.assert_close(two_ranks[0]["sharded"], expected, rtol=1e-9, atol=1e-11)
+
+
+def test_sharded_run_hands_over_its_encoder(
+    two_ranks: list[dict[str, Any]], sharded_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert [result["run"] for result in two_ranks] == [0, 0]
+    assert pretrain(sharded_run, f"run.out={tmp_path / 'alone'}") == 0
+    found, expected = losses(sharded_run.parent / "run"), losses(tmp_path / "alone")
+    assert found[1] == {name: pytest.approx(value, rel=1e-5) for name, value in expected[1].items()}
+    for file in ("model.safetensors", "config.json"):
+        assert (sharded_run.parent / "run" / "encoder" / file).is_file()
 
 
 def test_torchrun_prints_the_losses_of_one_process_and_its_checkpoint_continues(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hybrid_ssl.assemble import build_pretrainer, lay_out
+from hybrid_ssl.assemble import build_loader, build_pretrainer, lay_out
+from hybrid_ssl.data.sources import open_source
 from hybrid_ssl.encoder import wrap
 from hybrid_ssl.nn.adapters import Adapter, standardise
 from hybrid_ssl.nn.cross_decoder import CrossDecoder
@@ -20,7 +21,16 @@ from hybrid_ssl.objectives.multimae import MultiMAE
 from hybrid_ssl.plan import Batch, EncoderSpec, Forward, Modality, Tokens
 from hybrid_ssl.train import DONE
 from tests.objectives import harness
-from tests.runs import SWIN, assert_same_bits, newest_tensors, pretrain, recipe_data, tiny_recipe, write_recipe
+from tests.runs import (
+    MOCO_ENTRY,
+    SWIN,
+    assert_same_bits,
+    newest_tensors,
+    pretrain,
+    recipe_data,
+    tiny_recipe,
+    write_recipe,
+)
 
 ROWS, COLUMNS, CLASSES = 3, 2, 4
 N = ROWS * COLUMNS
@@ -345,3 +355,18 @@ def test_run_resumes_to_the_bit_and_leaves_an_encoder_of_images(tmp_path: Path) 
     assert exported(torch.randn(2, 1, 16, 16)).shape == (2, 32)
     assert not [name for name in exported.state_dict() if "adapter" in name]
     assert (whole / "views.png").is_file() and (whole / "reconstruction_multimae.png").is_file()
+
+
+def test_beside_an_objective_with_a_teacher_every_parameter_has_a_user_and_a_layer() -> None:
+    """The teacher sees images only; adapters are of the encoder's first layer."""
+    views = {"global": {"size": 16, "crops": 2}, **SECTIONS["views"]}
+    recipe = tiny_recipe(ENTRY | {"moco_v3": MOCO_ENTRY}, **SECTIONS | {"views": views})
+    pretrainer = build_pretrainer(recipe, [0.3], [0.3], layout=lay_out(recipe, 1))
+    source = open_source(recipe.data)
+    loader = build_loader(recipe, source, pretrainer, lay_out(recipe, 1), total_steps=1)
+    pretrainer(next(loader.iterate()), harness.now())[0].backward()
+    assert [n for n, p in pretrainer.named_parameters() if p.requires_grad and p.grad is None] == []
+    assert pretrainer.teacher is not None and not len(pretrainer.teacher.adapters)
+    layers, _ = pretrainer.student.layer_ids()
+    assert layers.keys() >= dict(pretrainer.student.named_parameters()).keys()
+    assert layers["adapters.depth.proj.weight"] == layers["model.patch_embed.proj.weight"] == 0

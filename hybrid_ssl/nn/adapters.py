@@ -1,6 +1,6 @@
 """How other modalities than the image become tokens of the encoder: one linear layer on patches, plus positions.
 
-After MultiMAE (arXiv 2204.01678, section 3.1 and appendix): each modality has its own projection, whose bias tells the
+After MultiMAE (arXiv 2204.01678, section 3.1): each modality has its own projection, whose bias tells the
 encoder which modality a token is from; positions are fixed sine-cosine ones. Label maps are embedded class by class
 before they are cut into patches. Shapes: R crops, c channels, p pixels of a token's side, N tokens, D width.
 """
@@ -15,7 +15,7 @@ from .precision import full_precision
 from .sincos import sincos_2d
 
 _CLASS_WIDTH = 64  # values of one class's embedding, as in the paper's released configuration
-_KEPT = (0.1, 0.9)  # the middle of the sorted values that a depth map is standardised by (paper, section 3.4)
+_KEPT = (0.1, 0.9)  # MultiMAE: the part of the sorted values that a depth map is standardised by
 
 
 class Adapter(nn.Module):

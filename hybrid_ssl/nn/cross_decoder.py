@@ -99,7 +99,7 @@ class CrossDecoder(nn.Module):
         asked = self._queries(seen, visible) + self.positions + self.modality[self.own]
         seen = seen + self.positions[visible % count] + self.modality[visible // count]
         context = torch.cat([seen, whole], dim=1)
-        x = self.cross(self.query_norm(asked), self.context_norm(context))  # no residual: see the paper's figure 2
+        x = self.cross(self.query_norm(asked), self.context_norm(context))  # no residual, as in the released models
         x = x + self.mlp(self.norm(x))
         return self.pred(self.blocks(x))
 

@@ -16,7 +16,8 @@ hidden ones only, unlike iBOT's. KoLeo compares images, never two crops of one. 
 (`teacher.offset: 0`); gradients are clipped per module (`optimizer.clip.per: module`).
 
 Known differences: held prototypes lose their gradient instead of stepping with a rate of 0; stochastic depth grows with
-depth and is drawn per image (released: one rate, exact subsets of the batch); the mask token does not start at zero.
+depth and is drawn per image (released: one rate, exact subsets of the batch); the mask token does not start at zero;
+both heads are one module when gradients are clipped.
 Shapes: B images, T teacher views, S student views (T global, then local), N patches, n hidden ones in all crops of the
 micro-batch, D encoder width, K prototypes.
 """

@@ -1,14 +1,13 @@
 """The run: from a resolved recipe to an encoder in a folder.
 
 Read `Run.step` first: the order of schedule, forward, backward, clip, held layers, optimizer and teacher is written
-once, there. A run's state is the step, the tensors, and the little that monitors remember; order and randomness of the
+once, there. A run's state is the step, the tensors, and the little that its journal remembers; order and randomness of the
 data are functions of the step.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import signal
 import sys
 import time
@@ -16,9 +15,6 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from . import checkpoint, storage
 from .assemble import (
@@ -50,9 +46,7 @@ from .engine import (
 )
 from .gallery import IMAGES, draw_curves, draw_reconstructions, draw_views
 from .hub.from_run import recipe_of
-from .monitor.collapse import CollapseWatch, FiniteGuard
-from .monitor.log import RunLog
-from .monitor.meter import Means, Meter
+from .journal import Journal
 from .monitor.trackers import check_trackers
 from .optim import build_optimizer, clip_gradients, drop_held, peak_lr, set_step
 from .outcome import Outcome, Spent
@@ -140,21 +134,12 @@ class Run:
             [p for p in part.parameters() if p.requires_grad]
             for part in (self.pretrainer.student, *self.pretrainer.objectives.values())
         ]
-        monitor = recipe.monitor
-        self.guard = FiniteGuard(monitor.max_skipped, fp16=recipe.run.precision == "fp16")
         self.compares_views = any(objective.compares_views for objective in self.pretrainer.parts.values())
-        self.watch = CollapseWatch(monitor, self.pretrainer.spec.dim, self.compares_views)
-        self.meter = Meter(recipe.run.batch_size, self.total)
-        self.means, self.finite = Means(), list[Tensor]()
-        self.latest: dict[str, float] = {}  # means of the last log interval
-        self.log: RunLog | None = None
+        self.journal = Journal(
+            recipe, self.accelerator, self.total, self.pretrainer.spec.dim, compares_views=self.compares_views
+        )
+        self.say = self.journal.say
         self.seconds = 0.0  # of training, over all sittings
-
-    def say(self, text: str) -> None:
-        if self.log is not None:
-            self.log.line(text)
-        elif self.main:
-            print(text, flush=True)
 
     def introduction(self) -> list[str]:
         """What is about to happen, as lines."""
@@ -181,7 +166,7 @@ class Run:
         """One step, nothing kept."""
         now = Progress(0, self.total, self.steps_per_epoch, self.recipe.run.seed)
         self.step(now, moved(self.loader.iterate(0), self.device))
-        values = self.means.read(total(self.accelerator))
+        values = self.journal.means.read(total(self.accelerator))
         self.say("dry run: one step done, " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
         self.accelerator.end_training()
         return DONE
@@ -196,15 +181,11 @@ class Run:
             storage.sweep(out / "checkpoints")
             (out / "recipe.yaml").write_text(dump_recipe(self.recipe))
             (out / "environment.json").write_text(json.dumps(environment(self.accelerator), indent=1))
-        run = self.recipe.run
-        config = self.recipe.model_dump(mode="json")
-        self.meter = Meter(run.batch_size, self.total, start)
-        with RunLog(out, self.total, start, main=self.main, trackers=run.trackers, config=config) as self.log:
+        with self.journal.open(out, start):
             try:
                 code = self._loop(start)
             finally:
                 self.outcome.stop_pushing()
-        self.log = None
         self.accelerator.end_training()
         return code
 
@@ -248,13 +229,13 @@ class Run:
         recipe, accumulation = self.recipe, self.layout.accumulation
         lr, decay = set_step(recipe.optimizer, self.optimizer, self.peak, now)
         for micro in range(accumulation):
-            with self.meter.waiting():
+            with self.journal.meter.waiting():
                 batch = next(batches)
             last = micro == accumulation - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 loss, logs = self.model(batch, replace(now, micro=micro))
                 self.accelerator.backward(loss / accumulation)
-            self.means.add(logs)
+            self.journal.means.add(logs)
         if self.accelerator.scaler is not None:
             self.accelerator.unscale_gradients(self.optimizer)
         norm = clip_gradients(recipe.optimizer.clip, self.modules)  # the same on all processes
@@ -268,49 +249,22 @@ class Run:
         later = replace(now, step=now.step + recipe.teacher.offset)
         self.pretrainer.move_teachers(value_at(recipe.teacher.momentum, later))
         self.pretrainer.refresh_frozen(replace(now, step=now.step + 1))
-        norm = whole(norm)
-        self.means.add({"grad_norm": norm})
-        self.finite.append(norm.isfinite())
-        self.rates = {"lr": lr, "weight_decay": decay}
-        self.meter.step()
+        self.journal.step(whole(norm), {"lr": lr, "weight_decay": decay})
 
     def _after(self, done: int) -> int:
         """Logs, probes, checkpoints and exports that are due after `done` steps; an exit code if the run must stop."""
-        assert self.log is not None
-        self.log.advance(done)
-        if done % self.recipe.monitor.log_every == 0 or done == self.total:
-            code = self._report(done)
-            if code:
-                return code
+        if self.journal.advance(done):
+            return NON_FINITE
         if done == self.total:
             return DONE
-        run, monitor = self.recipe.run, self.recipe.monitor
-        with self.meter.paused():
-            if monitor.probe_every and self._due(monitor.probe_every, done) and self._probe(done):
+        with self.journal.meter.paused():
+            if self._due(self.recipe.monitor.probe_every, done) and self._probe(done):
                 return COLLAPSED
-            if self._due(run.checkpoint_every, done) and not self.save(done):
+            if self._due(self.recipe.run.checkpoint_every, done) and not self.save(done):
                 return NON_FINITE
             push = self._due(self.recipe.hub.push, done)
             if push or self._due(self.recipe.export.every, done):
                 self._export(done, push=push)
-        return DONE
-
-    def _report(self, done: int) -> int:
-        """The only place where the loop waits for the device."""
-        assert self.log is not None
-        values = self.means.read(total(self.accelerator))
-        first = done - len(self.finite)
-        flags = torch.stack(self.finite).tolist()
-        self.finite.clear()
-        self.log.train(done, values | self.rates, self.meter.read())
-        self.latest = values
-        for offset, flag in enumerate(flags):
-            problem = self.guard.saw(first + offset, flag)
-            if problem:
-                self.say(f"stopped: {problem}")
-                return NON_FINITE
-        if not all(flags):
-            self.say(f"skipped {flags.count(False)} steps with a non-finite loss or gradient before step {done}")
         return DONE
 
     def _due(self, every: str | None, done: int) -> bool:
@@ -321,19 +275,11 @@ class Run:
 
     def _probe(self, done: int) -> bool:
         """Measure the encoders; True if the run has collapsed and must stop."""
-        assert self.log is not None
         results = self.outcome.probe(self.pretrainer, say=self.say, step=done)
         if not results:
             return False
-        raw = {"raw_pixels/knn": self.outcome.numbers["raw pixels"]} if "raw pixels" in self.outcome.numbers else {}
-        self.log.record(
-            done, raw | {f"{net}/{name}": x for net, numbers in results.items() for name, x in numbers.items()}
-        )
         now = Progress(done, self.total, self.steps_per_epoch)
-        verdicts = self.watch.look(now, results, self.latest)
-        for verdict in verdicts:
-            self.say(f"warning: {verdict.sentence}" if not verdict.stop else f"stopped: {verdict.sentence}")
-        return any(verdict.stop for verdict in verdicts)
+        return self.journal.judge(now, results, self.outcome.numbers.get("raw pixels"))
 
     def save(self, done: int) -> bool:
         """Write a checkpoint; False when the state is not finite (the previous checkpoint stays)."""
@@ -353,11 +299,7 @@ class Run:
             "hardware": hardware(self.accelerator),
             "optimizer": tree,
             "scaler": None if scaler is None else scaler.state_dict(),
-            "means": self.means.state(total(self.accelerator)),
-            "finite": torch.stack(self.finite).tolist() if self.finite else [],
-            "latest": {name: value for name, value in self.latest.items() if math.isfinite(value)},
-            "guard": self.guard.state(),
-            "watch": self.watch.state(),
+            "journal": self.journal.state(),
             "outcome": self.outcome.state(),
             "seconds": self.seconds,
         }
@@ -391,12 +333,7 @@ class Run:
         write_state(self.pretrainer, self.optimizer.optimizer, model, optimizer)
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        if self.main:  # the sums are those of all processes
-            self.means.restore(state["means"], self.device)
-        self.finite = [torch.tensor(flag, device=self.device) for flag in state["finite"]]
-        self.latest = state["latest"]
-        self.guard.restore(state["guard"])
-        self.watch.restore(state["watch"])
+        self.journal.restore(state["journal"])
         self.outcome.restore(state["outcome"])
         self.seconds = state["seconds"]
         return int(state["step"])
@@ -404,7 +341,7 @@ class Run:
     def _finish(self, done: int, code: int) -> int:
         if code == NON_FINITE:
             return code
-        with self.meter.paused():
+        with self.journal.meter.paused():
             if not self.save(done):
                 return NON_FINITE
         if code:
@@ -432,7 +369,7 @@ class Run:
             self.say(text)
         else:  # no other process knows
             print(text, file=sys.stderr, flush=True)
-        if self.log is not None and self.out.is_dir():  # other machines may not have the folder
+        if self.journal.is_open and self.out.is_dir():  # other machines may not have the folder
             with (self.out / BAD_FILES).open("a") as file:
                 file.write(json.dumps({"id": image.id, "name": image.name, "reason": image.reason}) + "\n")
 

@@ -99,7 +99,7 @@ def test_non_finite_step_is_skipped_counted_and_said(tmp_path: Path, capsys: pyt
     saved = {path.name: load(path) for path in checkpoints(out / "checkpoints")}
     for before, after in [(2, 3), (4, 5)]:  # moments and step counts stand still as well
         assert_same_bits(saved[f"step-{before:08d}"][0], saved[f"step-{after:08d}"][0])
-    assert saved["step-00000006"][1]["guard"]["total"] == 2
+    assert saved["step-00000006"][1]["journal"]["guard"]["total"] == 2
     assert losses(out)[3]["mae/loss"] is None  # NaN is no JSON
     assert all(t.isfinite().all() for t in newest_tensors(out).values())
 

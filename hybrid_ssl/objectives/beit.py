@@ -7,8 +7,9 @@ at 224). The loss is the cross-entropy of one linear layer at hidden patches, th
 together: an image with more hidden patches weighs more, as published. At the start it is near ln K.
 
 The published tokenizer is DALL-E's. Here it is one that was trained before by `hybrid-ssl tokenizer`. It is frozen and
-lies with its hash in the run's checkpoints: a resumed run goes on with its own, whatever has become of the folder.
-It reads pixels in 0..1, so the normalisation of the encoder's images is undone, to the loader's 8 bits exactly.
+lies with its hash in the run's checkpoints: a resumed run goes on with its own weights, even if the folder, which says
+how large the network is, has been trained anew. It reads pixels in 0..1, so the normalisation of the encoder's images
+is undone, to the loader's 8 bits exactly.
 
 Works on Swin with masks on the grid of output tokens and a tokenizer view of that grid (56 pixels for 7 x 7 tokens).
 Shapes: B images (V * B with several crops), N patches, n hidden ones in the micro-batch, D encoder width, K codes.

@@ -174,10 +174,12 @@ class EncoderSpec:
             )
         return self.modalities[view]
 
-    def require(self, view: str, option: str, example: str) -> None:
-        """ValueError unless the crops of `view` were made with the option; `example` is its setting."""
+    def require(self, view: str, option: str, example: str = "") -> None:
+        """ValueError unless the crops of `view` were made with the option; `example` is its setting, unless the option
+        has it, as in `like=global`."""
         if view in self.made and option not in self.made[view]:
-            raise ValueError(f"view {view!r} has to be made with {option}: set views.{view}.{option}={example}")
+            setting = f"{option}={example}" if example else option
+            raise ValueError(f"view {view!r} has to be made with {option}: set views.{view}.{setting}")
 
 
 def union(requests: Iterable[Forward]) -> tuple[Forward, ...]:

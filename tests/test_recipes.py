@@ -68,6 +68,7 @@ SMALL_HEADS = {
     "vicreg": ["hidden=32", "dim=32"],
     "swav": ["prototypes=16", "hidden=32", "dim=16"],
     "rotation": [],
+    "colorization": ["cells=2"],
     "sit": ["hidden=32", "dim=16"],
     "cmae": ["decoder_dim=32", "decoder_depth=1", "decoder_heads=2", "feature_depth=1", "hidden=32", "dim=16"],
     "multimae": ["decoder_dim=32", "decoder_depth=1", "decoder_heads=2"],

@@ -10,6 +10,7 @@ from .base import Objective
 from .beit import BEiT
 from .byol import BYOL
 from .cmae import CMAE
+from .colorization import Colorization
 from .cutpaste import CutPaste
 from .data2vec import Data2Vec
 from .dino import DINO
@@ -54,6 +55,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "multimae": MultiMAE,
     "rotation": Rotation,
     "jigsaw": Jigsaw,
+    "colorization": Colorization,
     "cutpaste": CutPaste,
     "simclr": SimCLR,
     "supcon": SupCon,

@@ -73,6 +73,7 @@ class CMAE(MAE):
                     f"cmae contrasts one crop of an image with one target, but view {view!r} has "
                     f"{encoder.crops[view]} crops: set views.{view}.crops to 1"
                 )
+        encoder.require(cfg.target_view, f"like={cfg.view}")
         self.target = Forward("teacher", cfg.target_view, layers=1)
         self.needs = (self.visible, self.target)
         shape = (cfg.decoder_dim, cfg.feature_depth, cfg.decoder_heads, cfg.mlp_ratio)

@@ -136,8 +136,6 @@ def _check(cfg: ColorizationSettings, encoder: EncoderSpec) -> None:
         raise ValueError("colorization predicts the colours of patches: use a timm ViT or Swin")
     if encoder.stride % cfg.cells:
         raise ValueError(f"{cfg.cells} cells do not divide a patch of {encoder.stride} pixels: set cells to a divisor")
+    crops_of(encoder, cfg.color_view)
     encoder.require(cfg.view, "gray", "1.0")
-    if crops_of(encoder, cfg.view) != crops_of(encoder, cfg.color_view):
-        raise ValueError(
-            f"views {cfg.view!r} and {cfg.color_view!r} are one picture: set like={cfg.color_view} in the first"
-        )
+    encoder.require(cfg.view, f"like={cfg.color_view}")

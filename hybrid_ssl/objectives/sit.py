@@ -61,6 +61,7 @@ class SiT(Objective):
         for view in (cfg.view, cfg.clean_view):
             check_two_crops(encoder, view, "sit")
         encoder.require(cfg.view, "corrupt", "{}")
+        encoder.require(cfg.view, f"like={cfg.clean_view}")
         if encoder.family == "pooled":
             raise ValueError("sit rebuilds pixels from patch tokens: use a timm ViT or Swin")
         self.cfg = cfg

@@ -152,8 +152,8 @@ def test_overfits_eight_images(name: str, args: dict[str, object]) -> None:
         optimizer.zero_grad()
         logs["loss"].backward()
         optimizer.step()
-        losses.append(float(logs["loss"]))
-    assert losses[-1] < 0.6 * losses[0] and logs["accuracy"] > 0.25
+        losses.append(logs["loss"].item())
+    assert losses[-1] < 0.6 * losses[0]  # soft targets keep their entropy
 
 
 def test_gray_view_shows_the_crops_of_the_colour_view() -> None:
@@ -182,7 +182,8 @@ def test_guessing_costs_the_logarithm_of_the_number_of_bins() -> None:
         ({"family": "pooled"}, {}, "use a timm ViT or Swin"),
         ({}, {"cells": 3}, "3 cells do not divide a patch of 8 pixels"),
         ({"made": {"gray": ViewSettings(gray=0.2).made}}, {}, "set views.gray.gray=1.0"),
-        ({"crops": {"gray": 1, "color": 2}}, {}, "set like=color in the first"),
+        ({"made": {"gray": ViewSettings(gray=1.0, like="plain").made}}, {}, "set views.gray.like=color"),
+        ({"crops": {"gray": 1}}, {}, "there is no view 'color'"),
     ],
 )
 def test_what_does_not_fit_is_named(change: dict[str, object], settings: dict[str, object], message: str) -> None:

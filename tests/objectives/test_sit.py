@@ -153,6 +153,9 @@ def test_overfits_eight_images(steps: int, name: str, args: dict[str, object]) -
 def test_views_that_do_not_fit_are_named() -> None:
     with pytest.raises(ValueError, match="set views.corrupted.corrupt={}"):
         harness.build("sit", SMALL, replace(SPEC, made={"corrupted": ViewSettings(crops=2).made}))
+    other = ViewSettings(crops=2, like="plain", corrupt=CorruptSettings()).made
+    with pytest.raises(ValueError, match="has to be made with like=global: set views.corrupted.like=global"):
+        harness.build("sit", SMALL, replace(SPEC, made={"corrupted": other}))
     with pytest.raises(ValueError, match="'global' has 3: set views.global.crops to 2"):
         harness.build("sit", SMALL, replace(SPEC, crops={"global": 3, "corrupted": 2}))
     with pytest.raises(ValueError, match="sit rebuilds pixels from patch tokens: use a timm ViT or Swin"):

@@ -8,8 +8,13 @@ from typing import Any
 import pytest
 
 from hybrid_ssl.config import Recipe, RecipeError, build_recipe, dump_recipe, parse_yaml, read_recipe
+from tests.runs import VIT, recipe_data, write_recipe
 
-QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe file with most sections."""
+    return write_recipe(tmp_path_factory.mktemp("recipe"), recipe_data("out"))
 
 
 def minimal(**sections: Any) -> dict[str, Any]:
@@ -24,24 +29,24 @@ def minimal(**sections: Any) -> dict[str, Any]:
     } | sections
 
 
-def problems(*overrides: str) -> list[str]:
+def problems(path: Path, *overrides: str) -> list[str]:
     with pytest.raises(RecipeError) as caught:
-        read_recipe(QUICKSTART, overrides)
+        read_recipe(path, overrides)
     first, *sentences = str(caught.value).split("\n  ")
     assert first == "the recipe has to be changed:"
     return sentences
 
 
-def test_overrides_are_yaml_and_reach_any_depth() -> None:
+def test_overrides_are_yaml_and_reach_any_depth(path: Path) -> None:
     changes = ["optimizer.lr=1e-4", "run.trackers=[tensorboard]", "data.probe=null", "encoder.args.reg_tokens=4"]
-    recipe = read_recipe(QUICKSTART, [*changes, "objectives.mae.weight={start: 0.0, end: 1, over: 10%}"])
+    recipe = read_recipe(path, [*changes, "objectives.mae.weight={start: 0.0, end: 1, over: 10%}"])
     assert recipe.optimizer.lr == 1e-4 and recipe.run.trackers == ["tensorboard"] and recipe.data.probe is None
-    assert recipe.encoder.args == {"patch_size": 4, "depth": 6, "reg_tokens": 4}
+    assert recipe.encoder.args == VIT["args"] | {"reg_tokens": 4}
     assert recipe.objectives["mae"].weight.end == 1.0
 
 
-def test_all_problems_come_at_once() -> None:
-    found = problems("optimizer.lrr=1", "run.batch_size=x", "objectives.mae.norm_pixel=1", "objectives.simclrr=")
+def test_all_problems_come_at_once(path: Path) -> None:
+    found = problems(path, "optimizer.lrr=1", "run.batch_size=x", "objectives.mae.norm_pixel=1", "objectives.simclrr=")
     assert len(found) == 4
     assert all(any(word in line for line in found) for word in ("lrr", "batch_size", "norm_pixel", "simclrr"))
 
@@ -78,7 +83,7 @@ def test_all_problems_come_at_once() -> None:
         ("run.length=ten epochs", "run.length: 'ten epochs' is no duration"),
         ("run.length=1e99 steps", "run.length: '1e99 steps' is too long"),
         ("masks.random.kind=bloc", "masks.random.kind: 'bloc' given, allowed are: 'random', 'block'"),
-        ("masks.random.view=other", "mask 'random' is for view 'other'; views are: plain, global"),
+        ("masks.random.view=other", "mask 'random' is for view 'other'; views are: global, local, plain"),
         ("views.plain.blur=[0.5, 0.5]", "views.plain: blur lists 2 probabilities for 1 crops"),
         ("objectives.mae=3", "objectives.mae: settings are a mapping, got 3"),
         ("objectives.mea={}", "objectives.mea: no objective named 'mea'; did you mean mae?"),
@@ -89,19 +94,19 @@ def test_all_problems_come_at_once() -> None:
         ("objectives.mine={name: 'no_such_package.x:Mine'}", "objectives.mine: objective 'no_such"),
     ],
 )  # fmt: skip
-def test_problem_is_said_at_its_place(override: str, sentence: str) -> None:
-    assert problems(override)[0].startswith(sentence)
+def test_problem_is_said_at_its_place(path: Path, override: str, sentence: str) -> None:
+    assert problems(path, override)[0].startswith(sentence)
 
 
 @pytest.mark.parametrize("override", ["lr", "=3", "a..b=3", ".lr=2"])
-def test_what_is_no_override_is_refused(override: str) -> None:
+def test_what_is_no_override_is_refused(path: Path, override: str) -> None:
     with pytest.raises(RecipeError, match=r"no override: write key\.path=value"):
-        read_recipe(QUICKSTART, [override])
+        read_recipe(path, [override])
 
 
-def test_override_below_a_number_is_refused() -> None:
-    with pytest.raises(RecipeError, match=r"run\.batch_size is 256 and has no keys below it"):
-        read_recipe(QUICKSTART, ["run.batch_size.x=3"])
+def test_override_below_a_number_is_refused(path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"run\.batch_size is 8 and has no keys below it"):
+        read_recipe(path, ["run.batch_size.x=3"])
 
 
 @pytest.mark.parametrize(
@@ -116,10 +121,10 @@ def test_override_below_a_number_is_refused() -> None:
     ],
 )
 def test_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str, words: str) -> None:
-    path = tmp_path / "r.yaml"
-    path.write_text(text)
+    file = tmp_path / "r.yaml"
+    file.write_text(text)
     with pytest.raises(RecipeError, match=f"(?s){words}"):
-        read_recipe(path)
+        read_recipe(file)
 
 
 def test_missing_file_and_binary_file_are_refused(tmp_path: Path) -> None:

@@ -56,9 +56,8 @@ def test_resume_after_kill_9_equals_never_having_stopped(tmp_path: Path) -> None
     path = write_recipe(tmp_path, recipe_data(whole, "ibot", run=run))
     command = [sys.executable, "-m", "hybrid_ssl.cli", "pretrain", str(path), f"run.out={broken}", "run.workers=1"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
-    for _ in range(6000):
-        if checkpoints(broken / "checkpoints") or process.poll() is not None:
-            break
+    deadline = time.monotonic() + 240
+    while not checkpoints(broken / "checkpoints") and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.kill()
     assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"

@@ -66,3 +66,13 @@ def test_wrong_arguments_exit_with_2(calls: dict[str, Any], argv: list[str]) -> 
     with pytest.raises(SystemExit) as stop:
         main(argv)
     assert stop.value.code == 2
+
+
+def test_every_target_of_an_export_can_be_asked_for() -> None:
+    from hybrid_ssl.cli import build_parser
+    from hybrid_ssl.hub.targets import TARGETS, TIMM
+
+    commands = next(action for action in build_parser()._actions if isinstance(action.choices, dict))
+    assert commands.choices is not None
+    to = next(action for action in commands.choices["export"]._actions if action.dest == "to")
+    assert list(to.choices or ()) == [TIMM, *TARGETS]

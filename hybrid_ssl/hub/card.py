@@ -11,6 +11,16 @@ from torch import nn
 
 from .facts import LOCAL, CardFacts, is_public
 
+LICENCES = {
+    "other", "apache-2.0", "mit", "bsd", "bsd-2-clause", "bsd-3-clause", "isc", "unlicense", "cc0-1.0", "pddl",
+    "cc-by-2.0", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nc-2.0", "cc-by-nc-3.0",
+    "cc-by-nc-4.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0", "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0", "cc-by-nd-4.0",
+    "gpl", "gpl-2.0", "gpl-3.0", "lgpl", "lgpl-2.1", "lgpl-3.0", "agpl-3.0", "mpl-2.0", "epl-2.0", "eupl-1.1",
+    "openrail", "openrail++", "creativeml-openrail-m", "odbl", "odc-by", "cdla-permissive-2.0", "artistic-2.0",
+}  # fmt: skip
+"""Identifiers that the Hub takes as they are (its list is longer); it refuses a card with any other, so others are
+written as `other` with a `license_name`."""
+
 
 def write_card(
     model: nn.Module, config: Mapping[str, Any], facts: CardFacts, licence: str, heads: Sequence[str] = ()
@@ -47,8 +57,10 @@ def _metadata(facts: CardFacts, licence: str) -> ModelCardData:
         )
         for who, value in facts.probe.items()
     ]
+    known = licence in LICENCES
     return ModelCardData(
-        license=licence,
+        license=licence if known else "other",
+        license_name=None if known else re.sub(r"[^a-z0-9.]+", "-", licence.lower()).strip("-"),
         library_name="timm",
         pipeline_tag="image-feature-extraction",
         tags=["self-supervised-learning", "hybrid_ssl", *facts.methods, "timm", "transformers"],
@@ -62,7 +74,7 @@ def _metadata(facts: CardFacts, licence: str) -> ModelCardData:
 def _introduction(model: nn.Module, config: Mapping[str, Any], facts: CardFacts) -> str:
     channels, height, width = config["pretrained_cfg"]["input_size"]
     count = sum(p.numel() for p in model.parameters())
-    trained = f", pretrained without labels with {_listed(facts.objectives)}" if facts.objectives else ""
+    trained = f", pretrained with {_listed(facts.objectives)}" if facts.objectives else ""
     lines = [
         f"The {facts.network} encoder of a run of hybrid_ssl: timm's `{config['architecture']}`{trained}.",
         "",

@@ -60,6 +60,13 @@ def test_header_is_yaml_that_the_hub_reads() -> None:
     }
 
 
+def test_a_licence_of_ones_own_is_written_as_the_hub_wants_it() -> None:
+    header, body = card(licence="Museum of Plankton, internal use")
+    assert header["license"] == "other" and header["license_name"] == "museum-of-plankton-internal-use"
+    assert "`Museum of Plankton, internal use`, chosen by who trained them" in body
+    assert "license_name" not in card(licence="cc-by-nc-4.0")[0] and card(licence="other")[0]["license"] == "other"
+
+
 def test_body_says_how_to_load_and_what_was_measured() -> None:
     _, body = card(heads=("mae.w", "moco_v3.w"))
     for text in (

@@ -71,7 +71,7 @@ class SwinEncoder(Encoder):
             grid = (height // (patch * 2**depth), width // (patch * 2**depth))
             if any(side > w and side % w for side, w in zip(grid, window, strict=True)):
                 raise ValueError(
-                    f"image size {height} x {width}: stage {depth + 1} has {grid[0]} x {grid[1]} tokens, no "
-                    f"multiple of its {window[0]} x {window[1]} window; set encoder.args.window_size to a divisor (6 for 192 "
-                    f"pixels, 7 for 224, 8 for 256) or choose a size that is a multiple of {self.stride * window[0]}"
+                    f"image size {height} x {width}: stage {depth + 1} has {grid[0]} x {grid[1]} tokens, no multiple "
+                    f"of its {window[0]} x {window[1]} window; set encoder.args.window_size to a divisor (6 for 192, 7 "
+                    f"for 224, 8 for 256 pixels) or choose a multiple of {self.stride * window[0]} pixels"
                 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -25,7 +26,7 @@ from hybrid_ssl.checkpoint import checkpoints
 from hybrid_ssl.cli import main
 from hybrid_ssl.config import Recipe
 from hybrid_ssl.data.sources import open_source
-from hybrid_ssl.engine import is_sharded, read_state, write_state
+from hybrid_ssl.engine import StopSignal, agreed, is_sharded, read_state, write_state
 from hybrid_ssl.nn.distributed import rank
 from hybrid_ssl.optim import build_optimizer, clip_gradients, set_step
 from hybrid_ssl.plan import Batch, Progress
@@ -149,8 +150,19 @@ def run_sharded(recipe: str) -> int:
     return main(["pretrain", recipe, "export.every=2 steps"])
 
 
+def agree() -> dict[str, Any]:
+    """One process got a signal, both met broken images, one could not save."""
+    accelerator = Accelerator(cpu=True)
+    stop = StopSignal(accelerator)
+    stop.number = int(signal.SIGTERM) if rank() == 1 else 0
+    found = {"between": stop.agreed(9, rank() + 1), "due": stop.agreed(10, rank() + 1)}
+    stop.restore()
+    return found | {"saved": [agreed(accelerator, True), agreed(accelerator, rank() == 1)]}
+
+
 def on_two_ranks(recipe: str) -> dict[str, Any]:
-    return {"engine": in_float64(), "sharded": train_sharded(), "run": run_sharded(recipe)}
+    found = {"engine": in_float64(), "sharded": train_sharded(), "agreement": agree()}
+    return found | {"run": run_sharded(recipe)}
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +189,12 @@ def test_two_processes_equal_one_after_five_steps(
     assert any("teacher" in key for key in alone[name])
     for result in two_ranks:  # parameters, teachers, centres, moments and step counts
         torch.testing.assert_close(result["engine"][name], alone[name], rtol=1e-9, atol=1e-9)
+
+
+def test_processes_stop_together_and_count_broken_images_together(two_ranks: list[dict[str, Any]]) -> None:
+    for result in two_ranks:  # a meeting every ten steps: each costs a wait for the device
+        found = {"between": (0, 0), "due": (int(signal.SIGTERM), 3), "saved": [True, False]}
+        assert result["agreement"] == found
 
 
 def test_sharded_training_and_its_checkpoint_equal_one_process(two_ranks: list[dict[str, Any]]) -> None:

@@ -134,7 +134,7 @@ class CorruptSettings(Settings):
 
 
 class ViewSettings(Settings):
-    """A group of crops of equal size. Order: crop, flip, jitter, gray, blur, solarize, normalise."""
+    """A group of crops of equal size. Order: crop, flip, turn, shift, jitter, gray, blur, solarize, defect."""
 
     size: int | list[int] = 224
     """pixels: side, or [height, width]"""

@@ -163,7 +163,7 @@ def test_without_weight_the_frozen_pass_is_not_run() -> None:
     assert calls == [3, 4]
 
 
-def test_weight_before_the_copy_is_refused() -> None:
+def test_weight_before_the_copy_is_refused(tmp_path: Path) -> None:
     frozen = {"gram": {"of": "teacher", "after": "50%"}}
     late = {"start": 0.0, "end": 2.0, "after": "50%", "over": "1 steps"}
     assemble(recipe_of(frozen, {"weight": late})).check_schedule(6, 4)
@@ -172,6 +172,9 @@ def test_weight_before_the_copy_is_refused() -> None:
         pretrainer = assemble(recipe_of(frozen, {"weight": weight}))
         with pytest.raises(ValueError, match="before frozen.gram is copied at step 3.*set objectives.gram.weight="):
             pretrainer.check_schedule(6, 4)
+    with pytest.raises(ValueError, match="before frozen.gram is copied"):
+        pretrain(recipe_of(frozen, out=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_larger_picture_of_another_view_leaves_the_encoders_size() -> None:

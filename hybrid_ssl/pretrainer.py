@@ -148,7 +148,7 @@ class Pretrainer(nn.Module):
                     )
 
     def train(self, mode: bool = True) -> Pretrainer:
-        """The teacher encoder stays in `eval`, without stochastic depth; BatchNorm in it and its heads follows `mode`."""
+        """The teacher encoder stays in `eval`, without stochastic depth; its BatchNorm and its heads follow `mode`."""
         super().train(mode)
         if self.teacher is not None:
             self.teacher.eval()

@@ -1,8 +1,8 @@
 """The run: from a resolved recipe to an encoder in a folder.
 
 Read `Run.step` first: the order of schedule, forward, backward, clip, held layers, optimizer and teacher is written
-once, there. A run's state is the step, the tensors, and the little that its journal remembers; order and randomness of the
-data are functions of the step.
+once, there. A run's state is the step, the tensors, and the little that its journal remembers; order and randomness of
+the data are functions of the step.
 """
 
 from __future__ import annotations

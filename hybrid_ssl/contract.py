@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from . import checkpoint
-from .config import Recipe
+from .config import Recipe, RecipeError, build_recipe
 
 FREE = {
     "run.out", "run.workers", "run.threads", "run.micro_batch", "run.checkpoint_every", "run.keep", "run.trackers",
@@ -38,6 +38,10 @@ def check_resume(
     before: Mapping[str, Any], recipe: Recipe, facts_before: Mapping[str, Any], facts: Mapping[str, Any]
 ) -> None:
     """ValueError with every difference to the checkpoint: of the recipe, and of facts that no recipe holds."""
+    try:
+        before = build_recipe(before).model_dump(mode="json")  # keys that are newer than the checkpoint: the defaults
+    except RecipeError:
+        pass  # written by another version: the differences say what
     differences = _differences(before, recipe.model_dump(mode="json"))
     problems = [f"{path}: was {old!r}, is {new!r}" for path, old, new in differences if not _is_free(path)]
     problems += [

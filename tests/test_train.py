@@ -16,6 +16,7 @@ import torch
 
 from hybrid_ssl.checkpoint import checkpoints, load
 from hybrid_ssl.config import build_recipe, parse_yaml, read_recipe
+from hybrid_ssl.contract import check_resume
 from hybrid_ssl.train import COLLAPSED, DONE, NON_FINITE, Run
 from tests.runs import MAE_ENTRY, assert_same_bits, losses, newest_tensors, pretrain, recipe_data, write_recipe
 
@@ -222,6 +223,15 @@ def test_changed_recipe_is_refused_with_the_difference(
 def test_what_only_carries_out_the_run_may_change(stopped: Path) -> None:
     free = ["run.workers=1", "run.keep=3", "monitor.log_every=7", "run.checkpoint_every=1 epochs", "run.threads=null"]
     assert pretrain(stopped, *free, "run.gradient_checkpointing=true", "export.licence=mit", "--resume") == DONE
+
+
+def test_key_that_is_newer_than_the_checkpoint_counts_with_its_default(stopped: Path) -> None:
+    recipe = read_recipe(stopped)
+    before = recipe.model_dump(mode="json")
+    del before["optimizer"]["eps"]
+    check_resume(before, recipe, {}, {})
+    with pytest.raises(ValueError, match=r"optimizer\.eps: was 1e-08, is 0\.1"):
+        check_resume(before, read_recipe(stopped, ["optimizer.eps=0.1"]), {}, {})
 
 
 def test_micro_batches_may_change_where_no_objective_compares_images(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ SMALL_HEADS = {
     "dino": ["out_dim=32", "hidden=32", "bottleneck=16"],
     "ibot": ["out_dim=32", "hidden=32", "bottleneck=16"],
     "dinov2": ["out_dim=32", "hidden=32", "bottleneck=16"],
-    "gram": [],
+    "gram": ["weight=2.0"],  # at once: its recipe begins late
     "lejepa": ["hidden=32", "slices=16"],
     "msn": ["out_dim=32", "hidden=32", "dim=16"],
     "beit": [],
@@ -88,6 +88,8 @@ def reduced(path: Path) -> Recipe:
     changes += [f"views.{name}.size={SMALL_SIDE[view.height_width[0]]}" for name, view in full.views.items()]
     changes += [f"data.modalities.{name}={STAND_INS[name]}" for name in full.data.modalities]
     changes += [f"masks.{name}.min_tokens=1" for name, mask in full.masks.items() if mask.kind == "block"]
+    for name in full.frozen:
+        changes += [f"frozen.{name}.after=0 steps", f"frozen.{name}.every=50 steps"]
     for label, name in full.used_names.items():
         changes += [f"objectives.{label}.{change}" for change in SMALL_HEADS[name]]
         changes += [f"objectives.{label}.tokenizer={shared_tokenizer()}"] if name == "beit" else []

@@ -5,6 +5,9 @@ encoder gives the logits q of every code for every square; the decoder sees the 
 whose temperature falls until it is nearly one code. The Kullback-Leibler divergence from q to the uniform distribution
 keeps codes in use. Pixels have a squared error instead of DALL-E's logit-Laplace likelihood.
 
+The defaults are a start, not a tuned recipe: after 150 steps on Fashion-MNIST with 256 codes it used 11 of them (PSNR
+15.9 dB), the VQ 150 (17.8 dB). Watch the perplexity, and prefer `vq.py` where it stays low.
+
 Shapes: B images, D code width, K codes.
 """
 

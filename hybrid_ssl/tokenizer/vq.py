@@ -8,7 +8,8 @@ of the batch; as no code is in use at first, so do all of them begin.
 
 Beyond the papers, features are standardised over the batch before they get unit length. Those of an untrained network
 all point the same way, and few codes are enough for them: on Fashion-MNIST with 256 codes, perplexity after 50 steps is
-80 with it and 16 without, PSNR 14.5 and 11.0 dB.
+80 with it and 16 without, PSNR 14.5 and 11.0 dB. After 400 steps of 64 pictures all codes are in use (perplexity 212,
+19.7 dB), once codes that died in the first steps have started anew.
 
 Shapes: B images, n squares in the batch, D code width, K codes.
 """

@@ -74,6 +74,12 @@ with torch.no_grad():
     if "{ways}" == "all":
         from hybrid_ssl.hub.load import load_encoder
         results["ours"] = load_encoder("hf-hub:{REPO}")(images)
+        try:
+            load_encoder("hf-hub:user/nothing")
+        except ValueError as error:
+            assert "encoder 'hf-hub:user/nothing' cannot be built" in str(error) and "404" in str(error), error
+        else:
+            raise AssertionError("loaded from nowhere")
         from transformers import AutoImageProcessor, AutoModel
         results["transformers"] = AutoModel.from_pretrained("{REPO}").eval()(pixel_values=images).pooler_output
         results["mean"] = torch.tensor(AutoImageProcessor.from_pretrained("{REPO}").data_config["mean"])

@@ -1,8 +1,9 @@
-"""The pictures of a run, for people who would rather look than read: views.png, reconstruction_LABEL.png, curves.png."""
+"""The pictures of a run: views.png, reconstruction_LABEL.png, curves.png."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ def draw_views(recipe: Recipe, pretrainer: Pretrainer, batch: Batch, out: Path) 
 
 def draw_reconstructions(recipe: Recipe, pretrainer: Pretrainer, batch: Batch, now: Progress, out: Path) -> None:
     """What objectives that predict pixels make of the hidden patches, one sheet for each."""
-    able = {label: part for label, part in pretrainer.parts.items() if hasattr(part, "reconstruct")}
+    able: dict[str, Any] = {label: part for label, part in pretrainer.parts.items() if hasattr(part, "reconstruct")}
     if not able:
         return
     device = pretrainer.mean.device

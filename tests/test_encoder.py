@@ -160,9 +160,12 @@ def test_what_cannot_work_is_refused(settings, size, message):
 
 def test_sincos_positions_are_fixed():
     encoder = build_encoder(
-        EncoderSettings(name="vit_tiny_patch16_224", args=SMALL_VIT, position="sincos", scheme="moco", freeze_patch_embed=True),
-        in_chans=3, sizes={"v": (32, 32)},
-    )  # fmt: skip
+        EncoderSettings(
+            name="vit_tiny_patch16_224", args=SMALL_VIT, position="sincos", scheme="moco", freeze_patch_embed=True
+        ),
+        in_chans=3,
+        sizes={"v": (32, 32)},
+    )
     assert not encoder.model.pos_embed.requires_grad
     assert encoder.model.pos_embed[0, 0].abs().sum() == 0
     assert not encoder.model.patch_embed.proj.weight.requires_grad

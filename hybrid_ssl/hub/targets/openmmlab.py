@@ -117,7 +117,7 @@ def _how(out: Path, source: Source, kind: str, arguments: dict[str, Any], where:
     return [
         f"in the config: backbone=dict(type={kind!r}, {written},",
         f"    init_cfg=dict(type='Pretrained', checkpoint={str(out)!r}))",
-        f"    data_preprocessor=dict(mean={mean}, std={std}, bgr_to_rgb=True)",
+        f"    data_preprocessor=dict(mean={mean}, std={std}, bgr_to_rgb={source.size[0] == 3})",
         where,
     ]
 

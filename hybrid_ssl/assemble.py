@@ -18,7 +18,7 @@ from .config import Recipe
 from .data.dirichlet import mask_grid
 from .data.loader import Broken, Loader
 from .data.masks import hidden_count
-from .data.sources import Source
+from .data.sources import Images, Source
 from .encoder import Encoder, build_encoder, load_frozen
 from .frozen import Frozen
 from .nn.batchnorm import SyncBatchNorm1d
@@ -241,6 +241,16 @@ def used_views(recipe: Recipe, pretrainer: Pretrainer) -> tuple[list[str], list[
     views |= {base for view in views if (base := recipe.views[view].like)}
     masks = {need.mask for need in pretrainer.plan if need.mask}
     return [v for v in recipe.views if v in views], [m for m in recipe.masks if m in masks]
+
+
+def check_labels(pretrainer: Pretrainer, source: Source) -> None:
+    """ValueError when an objective needs labels that the data has not; a stream's are only known while it is read."""
+    for label, part in pretrainer.parts.items():
+        if part.needs_labels and isinstance(source, Images) and source.labels is None:
+            raise ValueError(
+                f"objectives.{label} needs labels, and there are none in {source.describe()}: use class folders, or "
+                "name a column with data.label"
+            )
 
 
 def build_loader(

@@ -21,6 +21,7 @@ from .assemble import (
     build_groups,
     build_loader,
     build_pretrainer,
+    check_labels,
     describe_plan,
     lay_out,
     total_steps,
@@ -104,6 +105,7 @@ class Run:
         self.mean, self.std = resolve_mean_std(recipe.data, self.source)
         rank = self.accelerator.process_index
         self.pretrainer = build_pretrainer(recipe, self.mean, self.std, layout=self.layout, rank=rank)
+        check_labels(self.pretrainer, self.source)
         if self.layout.world > 1 and self.device.type == "cuda":
             for encoder in filter(None, (self.pretrainer.student, self.pretrainer.teacher)):
                 encoder.synchronise_batchnorm()

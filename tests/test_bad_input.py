@@ -128,6 +128,12 @@ def test_probe_without_labels_is_refused(tmp_path: Path, capsys: pytest.CaptureF
     assert "needs labels" in message and "data.probe.source" in message
 
 
+def test_objective_without_its_labels_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = recipe_data(tmp_path / "run", {"supcon": {"hidden": 32, "dim": 16}})
+    data["data"] |= {"source": str(pictures(tmp_path / "images", 12)), "limit": None}
+    refused(tmp_path, capsys, data, "objectives.supcon", "needs labels", "data.label")
+
+
 def test_folder_of_nothing_but_broken_images_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = pictures(tmp_path / "images", 16, broken=16)
     assert "none of the images can be read" in refused(tmp_path, capsys, folder_data(tmp_path / "run", source))

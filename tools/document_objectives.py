@@ -126,7 +126,7 @@ def needs_of(name: str) -> tuple[str, str]:
             views + (f" x{crops}" if crops > 1 else "") + mask + ("" if need.positions else " without positions")
         )
         kinds.append({"student": "", "teacher": "T"}.get(need.net, "F"))
-    kinds.append("L" if name == "supcon" else "")
+    kinds.append("L" if part.needs_labels else "")
     swin = not any(need.drop or not need.positions or need.beside for need in part.needs)
     return ", ".join(dict.fromkeys([*texts, *filter(None, kinds)])), "yes" if swin else "no"
 

@@ -65,6 +65,8 @@ class Objective(nn.Module):
     """masks whose blocks to be predicted the loss reads as `NAME.targets`; they are of kind multiblock"""
     compares_views: ClassVar[bool] = True
     """whether features of views are compared, so that they can collapse; False for pure reconstruction"""
+    needs_labels: ClassVar[bool] = False
+    """whether the loss reads `batch.labels`; data without labels is then refused before the run"""
 
     def __init__(self, cfg: ObjectiveSettings, encoder: EncoderSpec) -> None:
         super().__init__()

@@ -48,6 +48,7 @@ class SupCon(Objective):
     """Contrast classes; needs labels."""
 
     Config = SupConSettings
+    needs_labels = True
 
     def __init__(self, cfg: SupConSettings, encoder: EncoderSpec) -> None:
         super().__init__(cfg, encoder)

@@ -12,7 +12,7 @@ from hybrid_ssl.data.settings import BlockMask, DataSettings, JitterSettings, Vi
     ("changes", "message"),
     [
         ({"size": [32]}, "height, width"),
-        ({"size": 0}, "pixels"),
+        ({"size": 0}, "must be from 1 to 8192 pixels, got 0"),
         ({"scale": [0.5, 0.2]}, "low <= high"),
         ({"scale": [0.0, 1.0]}, "0 < low"),
         ({"scale": [0.5, 2.0]}, "<= 1"),

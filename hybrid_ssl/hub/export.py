@@ -17,13 +17,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from .. import __version__
 from ..checkpoint import nonfinite, separate
-from ..storage import publish
+from ..storage import StorageError, publish
 from .card import write_card
 from .facts import CardFacts
 from .folder import CARD, CONFIG, HEADS, refuse_foreign
@@ -67,6 +68,7 @@ def export_encoder(
 
     Raises:
         ValueError: the model cannot be exported, or the copy does not give equal outputs; `folder` is as it was.
+        StorageError: the disk refuses, e.g. because it is full; `folder` is as it was.
     """
     refuse_foreign(folder)
     plain = plain_copy(model)
@@ -80,15 +82,18 @@ def export_encoder(
         "crop_mode": "center",
     }
     report = None
-    with publish(folder) as path:
-        save_for_hf(plain, str(path), model_args=dict(model_args or {}), safe_serialization=True, data_config=data)
-        config = _patch(json.loads((path / CONFIG).read_text()), data, card, licence)
-        (path / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        if heads:
-            save_file(separate(heads), path / HEADS, metadata={"format": "pt"})
-        (path / CARD).write_text(write_card(plain, config, card, licence, heads=tuple(heads or ())))
-        if verify:
-            report = verify_export(path, model)
+    try:
+        with publish(folder) as path:
+            save_for_hf(plain, str(path), model_args=dict(model_args or {}), safe_serialization=True, data_config=data)
+            config = _patch(json.loads((path / CONFIG).read_text()), data, card, licence)
+            (path / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+            if heads:
+                save_file(separate(heads), path / HEADS, metadata={"format": "pt"})
+            (path / CARD).write_text(write_card(plain, config, card, licence, heads=tuple(heads or ())))
+            if verify:
+                report = verify_export(path, model)
+    except SafetensorError as error:  # safetensors' own word for a disk that refuses
+        raise StorageError(f"cannot write {folder}: {error}") from error
     return Export(folder, report)
 
 

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from hybrid_ssl.encoder import wrap
 from hybrid_ssl.hub.export import Export, export_encoder
 from hybrid_ssl.hub.facts import CardFacts
+from hybrid_ssl.storage import StorageError
 
 VIT = {"depth": 2, "embed_dim": 48, "num_heads": 3, "drop_path_rate": 0.1}
 SWIN = {"depths": (1, 1, 1, 1), "embed_dim": 12, "num_heads": (1, 1, 2, 2), "window_size": 2}
@@ -184,3 +186,15 @@ def test_an_encoder_that_started_from_an_export_exports_again(tmp_path: Path) ->
     images = torch.randn(2, 4, 96, 96)
     assert torch.equal(loaded(images), again(images)) and loaded.num_reg_tokens == 4
     assert str(tmp_path) not in (tmp_path / "second" / "config.json").read_text()
+
+
+def test_disk_that_is_full_is_a_storage_error_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **options: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("hybrid_ssl.hub.export.save_file", full)
+    with pytest.raises(StorageError, match="No space left"):
+        export(build("vit_registers"), tmp_path / "encoder", 64, heads={"head.weight": torch.zeros(1)})
+    assert not list(tmp_path.iterdir())

@@ -153,17 +153,12 @@ class Encoder(nn.Module):
     @property
     def mean_std(self) -> tuple[list[float], list[float]]:
         """Per channel in 0..1, what the model's weights expect images to be normalised with."""
-        values = [list(self.model.pretrained_cfg[key]) for key in ("mean", "std")]
-        if len(values[0]) != self.in_chans:  # timm adapted the first layer to other channels
-            values = [[sum(each) / len(each)] * self.in_chans for each in values]
-        return values[0], values[1]
+        return mean_std(self.model)
 
     def layer_ids(self) -> tuple[dict[str, int], int]:
         """Parameter name -> layer for layer-wise lr decay (0 stem, b + 1 block b, last the norm), and the last id."""
-        ids: dict[str, int] = group_parameters(self.model, self.model.group_matcher(coarse=False), reverse=True)
-        last = max(ids.values(), default=0) + 1  # of the norm, and of heads behind it: the full rate
-        norms = ("norm.", "fc_norm.")  # timm counts them to the last block
-        named = {f"model.{name}": last if name.startswith(norms) else layer for name, layer in ids.items()}
+        ids, last = layer_ids(self.model)
+        named = {f"model.{name}": layer for name, layer in ids.items()}
         adapters = {f"adapters.{name}": 0 for name, _ in self.adapters.named_parameters()}
         return named | {"mask_token": 0} | adapters, last
 
@@ -196,6 +191,26 @@ class Encoder(nn.Module):
         fused = prefers_fused(device, dtype, length, torch.is_grad_enabled())
         for attention in self.attentions:
             attention.fused_attn = fused
+
+
+def mean_std(model: Any) -> tuple[list[float], list[float]]:
+    """Per channel in 0..1, what the weights of a timm model expect images to be normalised with."""
+    values = [list(model.pretrained_cfg[key]) for key in ("mean", "std")]
+    channels = next(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
+    if len(values[0]) != channels:  # timm adapted the first layer to other channels
+        values = [[sum(each) / len(each)] * channels for each in values]
+    return values[0], values[1]
+
+
+def layer_ids(model: Any) -> tuple[dict[str, int], int]:
+    """Parameter name of a timm model -> layer for layer-wise lr decay, and the last id, of the norm and of heads.
+
+    0: stem, tokens and positions; b + 1: block b; a Swin's patch merging belongs to the block before it.
+    """
+    ids: dict[str, int] = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    last = max(ids.values(), default=0) + 1  # the full rate
+    norms = ("norm.", "fc_norm.")  # timm counts them to the last block
+    return {name: last if name.startswith(norms) else layer for name, layer in ids.items()}, last
 
 
 def _set_noise(module: nn.Module, noise: Tensor | None) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from . import checkpoint
-from .config import Recipe, RecipeError, build_recipe
+from .config import Recipe, build_recipe
+from .reading import RecipeError
 
 FREE = {
     "run.out", "run.workers", "run.threads", "run.micro_batch", "run.checkpoint_every", "run.keep", "run.trackers",

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from hybrid_ssl.config import Recipe, RecipeError, build_recipe, dump_recipe, parse_yaml, read_recipe
+from hybrid_ssl.config import Recipe, build_recipe, dump_recipe, read_recipe
+from hybrid_ssl.reading import RecipeError, parse_yaml
 from tests.runs import VIT, recipe_data, write_recipe
 
 

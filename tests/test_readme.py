@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from hybrid_ssl.config import build_recipe, parse_yaml
+from hybrid_ssl.config import build_recipe
 from hybrid_ssl.objectives import OBJECTIVES
 from hybrid_ssl.plan import Batch, EncoderSpec, Progress, Tokens
+from hybrid_ssl.reading import parse_yaml
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

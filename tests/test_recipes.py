@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 from hybrid_ssl.assemble import build_groups, build_pretrainer, lay_out, used_views
-from hybrid_ssl.config import Recipe, build_recipe, dump_recipe, parse_yaml, read_recipe
+from hybrid_ssl.config import Recipe, build_recipe, dump_recipe, read_recipe
 from hybrid_ssl.data.loader import Loader
 from hybrid_ssl.data.sources import open_source
 from hybrid_ssl.optim import build_optimizer, peak_lr
 from hybrid_ssl.plan import Progress
 from hybrid_ssl.pretrainer import Pretrainer
+from hybrid_ssl.reading import parse_yaml
 from tests.tiny_tokenizer import shared_tokenizer
 
 FOLDER = Path(__file__).parents[1] / "recipes"

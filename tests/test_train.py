@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from hybrid_ssl.checkpoint import checkpoints, load
-from hybrid_ssl.config import build_recipe, parse_yaml, read_recipe
+from hybrid_ssl.config import build_recipe, read_recipe
 from hybrid_ssl.contract import check_resume
+from hybrid_ssl.reading import parse_yaml
 from hybrid_ssl.train import COLLAPSED, DONE, NON_FINITE, Run
 from tests.runs import MAE_ENTRY, assert_same_bits, losses, newest_tensors, pretrain, recipe_data, write_recipe
 

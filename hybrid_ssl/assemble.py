@@ -9,12 +9,12 @@ import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from .config import Recipe
+from .config import Recipe, RunSettings
 from .data.dirichlet import mask_grid
 from .data.loader import Broken, Loader
 from .data.masks import hidden_count
@@ -45,7 +45,14 @@ class Layout:
     accumulation: int
 
 
-def lay_out(recipe: Recipe, world: int) -> Layout:
+class HasRun(Protocol):
+    """A recipe of pretraining or fine-tuning."""
+
+    @property
+    def run(self) -> RunSettings: ...
+
+
+def lay_out(recipe: HasRun, world: int) -> Layout:
     """Split `run.batch_size`; ValueError when it does not divide."""
     batch, micro = recipe.run.batch_size, recipe.run.micro_batch
     if micro is None:
@@ -68,7 +75,7 @@ def _near(batch: int, unit: int) -> str:
     return ", ".join(str(n) for n in (below, below + unit) if n)
 
 
-def total_steps(recipe: Recipe, steps_per_epoch: int) -> int:
+def total_steps(recipe: HasRun, steps_per_epoch: int) -> int:
     """Optimizer steps of the run."""
     steps = round(to_steps(recipe.run.length, 0, steps_per_epoch))
     if steps < 1:

@@ -1,0 +1,70 @@
+"""`results.json`: what an evaluation or a fine-tuning came to, in one form for all of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+RESULTS = "results.json"
+
+
+class Encoded(NamedTuple):
+    """Which encoder a result is of."""
+
+    name: str
+    """as people call it: the folder's own name, a Hub id or a timm name; no path"""
+    architecture: str
+    random: bool
+    parameters: int
+
+
+def encoded(name: str, model: nn.Module, random: bool) -> Encoded:
+    """Describe an encoder; `name` as the user gave it, of which a path keeps its last two parts."""
+    path = Path(name)
+    shown = "/".join(path.parts[-2:]) if path.is_dir() else name
+    size = sum(parameter.numel() for parameter in model.parameters())
+    return Encoded(shown.lstrip("/"), model.pretrained_cfg["architecture"], random, size)  # type: ignore[index,union-attr]
+
+
+def write_results(
+    folder: Path,
+    *,
+    task: str,
+    metric: str,
+    metrics: Mapping[str, float],
+    encoder: Encoded,
+    data: Mapping[str, Any],
+    seed: int,
+    seconds: float,
+    hardware: str,
+    **more: Any,
+) -> Path:
+    """Write `folder/results.json`, whole or not at all.
+
+    Args:
+        task: `classification`, `detection`, `segmentation`, or an evaluation's protocol.
+        metric: the key of `metrics` that stands for all; larger is better.
+        data: facts about the data, without paths.
+        seconds: of training or fitting.
+        more: anything else that is JSON, e.g. `history`, `steps`, `settings`.
+    """
+    content = {
+        "task": task,
+        "metric": metric,
+        "value": metrics[metric],
+        "metrics": dict(metrics),
+        "encoder": encoder._asdict(),
+        "data": dict(data),
+        "seed": seed,
+        "seconds": round(seconds, 1),
+        "hardware": hardware,
+        **more,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{RESULTS}.tmp"
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    return temporary.replace(folder / RESULTS)

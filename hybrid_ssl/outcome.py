@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import isfinite
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from accelerate import Accelerator
 from torch import Tensor
@@ -16,12 +17,13 @@ from .data.sources import Source
 from .engine import gathered, hardware, is_sharded
 from .hub.export import export_encoder
 from .hub.facts import facts_of
-from .hub.from_run import export_run
+from .hub.from_run import export_run, kept_of, probe_of
 from .hub.pushes import PushesOfRun
 from .monitor.probe import Probe
 from .pretrainer import Pretrainer
 
 Say = Callable[[str], None]
+Found = TypeVar("Found")
 
 
 class Spent(NamedTuple):
@@ -44,7 +46,8 @@ class Outcome:
     ) -> None:
         self.recipe, self.source, self.accelerator, self.mean, self.std = recipe, source, accelerator, mean, std
         self.numbers: dict[str, float] = {}
-        """k-NN accuracy of `raw pixels`, `before training` and the newest of `teacher` and `student`"""
+        """k-NN accuracy of `raw pixels`, `before training` and the newest of `teacher` and `student`; continued,
+        also the newest likeness to the start, as `student start_cosine` and `student start_cka`"""
         self.pushes: PushesOfRun | None = None
         self._probe = self._build_probe()
 
@@ -54,6 +57,11 @@ class Outcome:
     def restore(self, state: dict[str, float]) -> None:
         self.numbers = dict(state)
 
+    def remember_start(self, pretrainer: Pretrainer) -> None:
+        """Before the first step, and before a checkpoint is loaded: what the given weights of `encoder.init` see."""
+        if self.recipe.encoder.init is not None and not is_sharded(pretrainer):
+            self._look(pretrainer, "student", self._probe.remember)
+
     def probe(self, pretrainer: Pretrainer, *, say: Say, step: int) -> dict[str, dict[str, float]]:
         """Network -> its numbers; says them in one line. Nothing for an encoder that is spread over processes."""
         if is_sharded(pretrainer):
@@ -61,12 +69,15 @@ class Outcome:
                 say("the probe is left out: no process holds the whole encoder")
             return {}
         networks = ["student"] if pretrainer.teacher is None or step == 0 else ["teacher", "student"]  # equal at first
-        results = {network: self._measure(pretrainer, network) for network in networks}
+        results = {network: self._look(pretrainer, network, self._probe.measure) for network in networks}
         if self._probe.labelled:
             self.numbers["raw pixels"] = self._probe.raw_pixels()
             if step == 0:
                 self.numbers["before training"] = results["student"]["knn"]
             self.numbers |= {network: numbers["knn"] for network, numbers in results.items()}
+        for network, numbers in results.items():
+            kept = {name: value for name, value in numbers.items() if name.startswith("start_") and isfinite(value)}
+            self.numbers |= {f"{network} {name}": value for name, value in kept.items()}
         parts = [f"{net} " + self._describe(numbers) for net, numbers in results.items()]
         if self._probe.labelled:
             parts.append(f"raw pixels {self.numbers['raw pixels']:.3f}")
@@ -107,7 +118,7 @@ class Outcome:
         if self.pushes is not None:
             self.pushes.stop()
 
-    def _measure(self, pretrainer: Pretrainer, network: str) -> dict[str, float]:
+    def _look(self, pretrainer: Pretrainer, network: str, use: Callable[..., Found]) -> Found:
         encoder = pretrainer.encoder(network)
         encoder.eval()
 
@@ -116,13 +127,14 @@ class Outcome:
 
         batch = 256 if self.accelerator.device.type == "cuda" else 128
         precision = self.recipe.run.precision if self.accelerator.device.type == "cuda" else "fp32"
-        numbers = self._probe.measure(encode, self.accelerator.device, batch, precision)
+        found = use(encode, self.accelerator.device, batch, precision)
         pretrainer.train()
-        return numbers
+        return found
 
     def _describe(self, numbers: dict[str, float]) -> str:
         knn = f"k-NN top-1 {numbers['knn']:.3f}, " if "knn" in numbers else ""
-        return f"{knn}feature std {numbers['std']:.3f}, rank {numbers['rank_centred']:.1f}"
+        kept = f", cosine to the start {numbers['start_cosine']:.3f}" if "start_cosine" in numbers else ""
+        return f"{knn}feature std {numbers['std']:.3f}, rank {numbers['rank_centred']:.1f}{kept}"
 
     def network(self, pretrainer: Pretrainer) -> str:
         """The one that is exported; ValueError if the run will not have it."""
@@ -140,9 +152,6 @@ class Outcome:
             return
         network = self.network(pretrainer)
         encoder = pretrainer.encoder(network)
-        probe: dict[str, float] = {n: self.numbers[n] for n in ("raw pixels", "before training") if n in self.numbers}
-        if network in self.numbers:
-            probe["this encoder"] = self.numbers[network]
         height, width = self.recipe.native_size
         export = export_encoder(
             encoder.model,
@@ -161,18 +170,32 @@ class Outcome:
                 images=len(self.source),
                 seconds=spent.seconds,
                 hardware=hardware(self.accelerator),
-                probe=probe,
+                probe=probe_of(self.numbers, network),
+                kept=kept_of(self.numbers, network),
             ),
         )
         say(f"encoder ({network}) written to {export.folder}" + (f"; {export.report}" if export.report else ""))
 
     def _goodbye(self, pretrainer: Pretrainer, folder: Path, say: Say) -> None:
         if "raw pixels" in self.numbers:
-            say("k-NN top-1: " + ", ".join(f"{name} {value:.3f}" for name, value in self.numbers.items()))
+            accuracies = {name: value for name, value in self.numbers.items() if "start_" not in name}
+            say("k-NN top-1: " + ", ".join(f"{name} {value:.3f}" for name, value in accuracies.items()))
+        if kept := self._kept(self.network(pretrainer)):
+            say(kept)
         say("load it:")
         say("  import timm")
         say(f"  encoder = timm.create_model('local-dir:{folder}', pretrained=True).eval()")
         say("  features = encoder(images)  # normalise with encoder.pretrained_cfg['mean'] and ['std']")
+
+    def _kept(self, network: str) -> str:
+        """What a continued run gained and forgot, in a sentence; empty for runs from random weights."""
+        kept = kept_of(self.numbers, network)
+        if not kept:
+            return ""
+        before, now = self.numbers.get("before training"), self.numbers.get(network)
+        gained = "" if before is None or now is None else f"k-NN {before:.3f} at the start -> {now:.3f} now; "
+        cka = f" (linear CKA {kept['linear CKA']:.2f})" if "linear CKA" in kept else ""
+        return f"{gained}features keep {kept['cosine']:.2f} cosine similarity to the start{cka}"
 
     def _build_probe(self) -> Probe:
         """The labelled probe of the recipe or of the data's own labels, else an unlabelled one."""

@@ -8,7 +8,6 @@ the data are functions of the step.
 from __future__ import annotations
 
 import json
-import signal
 import sys
 import time
 from contextlib import nullcontext
@@ -33,6 +32,10 @@ from .data.loader import Broken
 from .data.sources import open_source
 from .data.stats import resolve_mean_std
 from .engine import (
+    COLLAPSED,
+    DONE,
+    NON_FINITE,
+    STORAGE,
     StopSignal,
     agreed,
     environment,
@@ -41,6 +44,7 @@ from .engine import (
     launch,
     moved,
     read_state,
+    stop_code,
     total,
     whole,
     write_state,
@@ -53,7 +57,6 @@ from .optim import build_optimizer, clip_gradients, drop_held, peak_lr, set_step
 from .outcome import Outcome, Spent
 from .schedule import Progress, to_steps, value_at
 
-DONE, NON_FINITE, COLLAPSED, STORAGE = 0, 3, 4, 5
 BAD_FILES = "bad_files.jsonl"
 
 
@@ -176,6 +179,7 @@ class Run:
     def fit(self, out: Path, found: Path | None) -> int:
         """Train to the end, from the checkpoint `found` if there is one."""
         self.out = out
+        self.outcome.remember_start(self.pretrainer)
         start = self.restore(found) if found else 0
         if self.main:
             storage.sweep(out)
@@ -324,6 +328,9 @@ class Run:
             facts["the number of micro-batches in a step"] = self.layout.accumulation
         if self.recipe.data.streaming:
             facts["the number of processes that share the stream"] = self.layout.world
+        for name, frozen in self.pretrainer.frozen.items():
+            if frozen.digest is not None:  # given weights, which no checkpoint holds
+                facts[f"the weights of frozen.{name} (sha256)"] = frozen.digest
         return facts
 
     def restore(self, path: Path) -> int:
@@ -374,8 +381,3 @@ class Run:
         if self.journal.is_open and self.out.is_dir():  # other machines may not have the folder
             with (self.out / BAD_FILES).open("a") as file:
                 file.write(json.dumps({"id": image.id, "name": image.name, "reason": image.reason}) + "\n")
-
-
-def stop_code(number: int) -> int:
-    """Exit code for a signal; 0 for none."""
-    return {0: DONE, signal.SIGINT: 130}.get(number, 143)

@@ -123,10 +123,14 @@ def _training(facts: CardFacts) -> str:
 
 
 def _numbers(facts: CardFacts) -> str:
-    if not facts.probe:
-        return ""
-    lines = [f"| {_cell(who)} | {value:.4f} |" for who, value in facts.probe.items()]
-    return "\n".join(["## Numbers", "", f"| features of | {_cell(facts.probe_name)} |", "|---|---|", *lines])
+    parts = []
+    if facts.probe:
+        lines = [f"| {_cell(who)} | {value:.4f} |" for who, value in facts.probe.items()]
+        parts.append("\n".join([f"| features of | {_cell(facts.probe_name)} |", "|---|---|", *lines]))
+    if facts.kept:
+        likeness = ", ".join(f"{name} {value:.4f}" for name, value in facts.kept.items())
+        parts.append(f"Likeness of the features to those of the encoder that the run started from: {likeness}.")
+    return "\n\n".join(["## Numbers", *parts]) if parts else ""
 
 
 def _contents(heads: Sequence[str]) -> str:

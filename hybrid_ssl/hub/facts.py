@@ -52,6 +52,8 @@ class CardFacts:
     probe_name: str = "k-NN top-1"
     base_model: str | None = None
     """where the weights started, if not at random"""
+    kept: Mapping[str, float] = field(default_factory=dict)
+    """likeness of the features to those of `base_model`, by measure: "cosine", "linear CKA" """
     recipe: Mapping[str, Any] = field(default_factory=dict)
     """the resolved recipe"""
 
@@ -78,6 +80,7 @@ class CardFacts:
             "hardware": self.hardware,
             "probe": {self.probe_name: dict(self.probe)} if self.probe else None,
             "base_model": self.base_model if self.base_model and is_public(self.base_model) else None,
+            "likeness_to_start": dict(self.kept),
             "recipe": without_places(self.recipe),
         }
         return {key: value for key, value in facts.items() if value not in (None, {}, [])}
@@ -93,6 +96,7 @@ def facts_of(
     seconds: float | None = None,
     hardware: str | None = None,
     probe: Mapping[str, float] | None = None,
+    kept: Mapping[str, float] | None = None,
 ) -> CardFacts:
     """The facts of a run at optimizer step `step`."""
     names = recipe.used_names
@@ -111,6 +115,7 @@ def facts_of(
         hardware=hardware,
         probe=dict(probe or {}),
         base_model=_base_model(recipe.encoder.name, recipe.encoder.init),
+        kept=dict(kept or {}),
         recipe=recipe.model_dump(mode="json"),
     )
 

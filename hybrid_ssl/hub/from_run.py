@@ -94,6 +94,7 @@ def export_run(
             seconds=state["seconds"],
             hardware=state.get("hardware"),
             probe=probe_of(state["outcome"], which),
+            kept=kept_of(state["outcome"], which),
         ),
     )
 
@@ -107,6 +108,12 @@ def recipe_of(model: Any) -> dict[str, Any]:
 def probe_of(numbers: Mapping[str, float], network: str) -> dict[str, float]:
     """A run's k-NN numbers as the card names them."""
     names = {network: "this encoder", "before training": "before training", "raw pixels": "raw pixels"}
+    return {text: numbers[name] for name, text in names.items() if name in numbers}
+
+
+def kept_of(numbers: Mapping[str, float], network: str) -> dict[str, float]:
+    """How like the start's a network's features still are, as the card names it; empty for runs from random weights."""
+    names = {f"{network} start_cosine": "cosine", f"{network} start_cka": "linear CKA"}
     return {text: numbers[name] for name, text in names.items() if name in numbers}
 
 

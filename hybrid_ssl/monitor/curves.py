@@ -26,7 +26,12 @@ _WIDTH, _HEIGHT, _COLUMNS = 380, 260, 3  # of a panel
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 20, 62, 40
 _MANY = 60  # points from which a smoothed line is drawn over the raw one
 _MOST = 500  # points of a line; a longer one is drawn by the medians of equal shares
-_PROBES = {"knn": "k-NN accuracy", "std": "feature std (1 = isotropic)", "rank_centred": "rank of the features"}
+_PROBES = {
+    "knn": "k-NN accuracy",
+    "std": "feature std (1 = isotropic)",
+    "rank_centred": "rank of the features",
+    "start_cosine": "cosine to the start's features",
+}
 
 Points = Sequence[tuple[float, float]]
 
@@ -58,7 +63,7 @@ def curves(path: str | Path) -> Image.Image:
 
 
 def panels_of(rows: Iterable[Mapping[str, Any]]) -> list[Panel]:
-    """What there is to draw: names ending in `loss`, `knn`, `std` and `rank_centred`; `raw_pixels/knn` is dashed."""
+    """What there is to draw: names ending in `loss` or one of `_PROBES`; `raw_pixels/knn` is dashed."""
     series: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         for name, value in row.items():

@@ -72,14 +72,36 @@ def mean_cosine(z: Tensor) -> float:
     return (total - len(z)) / (len(z) * (len(z) - 1))
 
 
-def teacher_student_cosine(teacher: Tensor, student: Tensor) -> float:
-    """Average cosine of teacher and student on the same image. Near 0 or below, the teacher aims elsewhere."""
-    return (_unit(teacher) * _unit(student)).sum(dim=1).mean().item()
+def paired_cosine(a: Tensor, b: Tensor) -> float:
+    """Average cosine of what two encoders of one width say about the same image: 1 while nothing is forgotten."""
+    return (_unit(a) * _unit(b)).sum(dim=1).mean().item()
+
+
+def linear_cka(a: Tensor, b: Tensor) -> float:
+    """How alike two encoders arrange the same images: 1 up to rotation and scale, 0 for unrelated ones.
+
+    Linear CKA (arXiv 1905.00414) with the unbiased HSIC (Song et al., JMLR 2012; arXiv 2010.15327): the
+    plain one gives unrelated features of 768 numbers 0.4 on 1024 images. NaN for fewer than 4 images or equal features.
+    """
+    if len(a) < 4:
+        return math.nan
+    grams = [z @ z.T for z in (_double(a), _double(b))]
+    for gram in grams:
+        gram.fill_diagonal_(0)
+    own = _hsic(grams[0], grams[0]) * _hsic(grams[1], grams[1])
+    return _hsic(*grams) / math.sqrt(own) if own > 0 else math.nan
 
 
 def feature_stats(z: Tensor) -> dict[str, float]:
     """What a probe reports: `std`, `rank` and `rank_centred`."""
     return {"std": feature_std(z), "rank": rankme(z), "rank_centred": rankme(z, centred=True)}
+
+
+def _hsic(k: Tensor, m: Tensor) -> float:
+    """n (n - 3) times the unbiased estimate, from [n, n] Gram matrices whose diagonals are 0."""
+    n, rows, columns = len(k), k.sum(0), m.sum(0)
+    both = (k * m).sum() + rows.sum() * columns.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (rows @ columns)
+    return both.item()
 
 
 def _double(z: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from .features import feature_stats
+from .features import feature_stats, linear_cka, paired_cosine
 from .knn import knn_accuracy, knn_predictions
 
 Encode = Callable[[Tensor], Tensor]
@@ -27,6 +27,7 @@ Gather = Callable[[Tensor], Tensor]
 
 _PIXELS = 32  # raw pixels are compared at 32 x 32 at most, as in Tiny Images; 224 x 224 is 600 kB an image
 _STAT_IMAGES = 16_384  # a spectrum needs no more; evenly spread, since folders are sorted by class
+_START_IMAGES = 1024  # likewise of the comparison with the start, whose Gram matrices are n x n
 _CHUNK = 256  # test images of one k-NN comparison, fixed so that rounding does not depend on the processes
 
 
@@ -65,6 +66,7 @@ class Probe:
         self.k, self.temperature = k, temperature
         self.rank, self.world, self._gather = rank, world, gather
         self._raw: float | None = None
+        self._start: Tensor | None = None
         self._check()
 
     @property
@@ -84,6 +86,18 @@ class Probe:
         return self._raw
 
     @torch.no_grad()
+    def remember(
+        self,
+        encode: Encode,
+        device: torch.device | str = "cpu",
+        batch_size: int = 256,
+        precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    ) -> None:
+        """Keep the features of some images: `measure` then also says how like them the later ones are."""
+        images = self.train_images[_spread(len(self.train_images), _START_IMAGES)]
+        self._start = self._features(images, encode, torch.device(device), batch_size, precision)
+
+    @torch.no_grad()
     def measure(
         self,
         encode: Encode,
@@ -91,7 +105,8 @@ class Probe:
         batch_size: int = 256,
         precision: Literal["fp32", "bf16", "fp16"] = "fp32",
     ) -> dict[str, float]:
-        """`knn` (with labels), `std`, `rank` and `rank_centred` of the features that `encode` gives.
+        """`knn` (with labels), `std`, `rank` and `rank_centred` of the features that `encode` gives; after `remember`
+        also `start_cosine` and `start_cka`, the likeness to the remembered ones.
 
         All processes call it together and get the same numbers. `encode` is expected to be in eval mode.
         """
@@ -101,8 +116,10 @@ class Probe:
         if self.train_labels is not None and self.test_images is not None and self.test_labels is not None:
             test = self._features(self.test_images, encode, device, batch_size, precision)
             numbers["knn"] = self._knn(train, self.train_labels, test, self.test_labels)
-        spread = torch.linspace(0, len(train) - 1, min(len(train), _STAT_IMAGES)).long()
-        numbers |= feature_stats(train[spread.to(device)])
+        numbers |= feature_stats(train[_spread(len(train), _STAT_IMAGES).to(device)])
+        if self._start is not None:
+            now = train[_spread(len(train), _START_IMAGES).to(device)]
+            numbers |= {"start_cosine": paired_cosine(self._start, now), "start_cka": linear_cka(self._start, now)}
         if self.world > 1:  # everybody acts on rank 0's numbers, also where processors round differently
             mine = torch.tensor([list(numbers.values())], dtype=torch.float64, device=device)
             numbers = dict(zip(numbers, self._together(mine)[0].tolist(), strict=True))
@@ -151,6 +168,11 @@ class Probe:
         if self.labelled and self.k > len(self.train_images):
             have = f"the probe has {len(self.train_images)} training images"
             raise ValueError(f"monitor.k is {self.k}, but {have}: lower k or add images")
+
+
+def _spread(n: int, most: int) -> Tensor:
+    """Rows of at most `most` of `n` images, at even distances."""
+    return torch.linspace(0, n - 1, min(n, most)).long()
 
 
 def _share(n: int, size: int, rank: int, world: int) -> Tensor:

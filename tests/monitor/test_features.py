@@ -1,5 +1,6 @@
 """Feature statistics against singular values and the values known for synthetic features."""
 
+import itertools
 import math
 
 import pytest
@@ -9,9 +10,10 @@ from hybrid_ssl.monitor.features import (
     alpha_req,
     feature_stats,
     feature_std,
+    linear_cka,
     mean_cosine,
+    paired_cosine,
     rankme,
-    teacher_student_cosine,
 )
 
 N, D = 512, 192
@@ -81,10 +83,34 @@ def test_mean_cosine_equals_all_pairs():
     assert mean_cosine(z) == pytest.approx((pairs.sum().item() - 30) / (30 * 29), abs=1e-12)
 
 
-def test_teacher_student_cosine():
+def test_paired_cosine():
     z = gauss()
-    assert teacher_student_cosine(z, 3 * z) == pytest.approx(1)
-    assert teacher_student_cosine(z, -z) == pytest.approx(-1)
+    assert paired_cosine(z, 3 * z) == pytest.approx(1)
+    assert paired_cosine(z, -z) == pytest.approx(-1)
+
+
+def test_linear_cka_forgives_rotation_and_scale_and_nothing_else():
+    z = gauss(60, 20)
+    rotation = torch.linalg.qr(gauss(20, 20, seed=1)).Q
+    assert linear_cka(z, 3 * z @ rotation + 5) == pytest.approx(1, abs=1e-5)
+    assert paired_cosine(z, z @ rotation) < 0.2
+    assert 0.3 < linear_cka(z, z + gauss(60, 20, seed=2)) < 0.9
+    unrelated = [linear_cka(gauss(60, 90, seed=s), gauss(60, 90, seed=s + 50)) for s in range(20)]
+    assert abs(sum(unrelated) / 20) < 0.02  # the biased one: 90 / (90 + 60)
+    assert math.isnan(linear_cka(torch.ones(9, 4), z[:9])) and math.isnan(linear_cka(z[:3], z[:3]))
+
+
+def test_linear_cka_is_the_sum_over_quadruples_of_different_images():
+    a, b = gauss(7, 3).double(), gauss(7, 2, seed=1).double()
+
+    def hsic(x, y):
+        k, m, total, count = x @ x.T, y @ y.T, 0.0, 0
+        for i, j, q, r in itertools.permutations(range(7), 4):  # the U-statistic's own definition
+            total += k[i, j] * (m[i, j] + m[q, r] - 2 * m[i, q])
+            count += 1
+        return (total / count).item()
+
+    assert linear_cka(a, b) == pytest.approx(hsic(a, b) / math.sqrt(hsic(a, a) * hsic(b, b)), abs=1e-9)
 
 
 def test_one_image_is_refused():

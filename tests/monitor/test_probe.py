@@ -108,6 +108,24 @@ def test_bf16_runs_under_autocast():
     assert set(seen) == {torch.bfloat16} and 0 <= found["knn"] <= 1
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_later_features_are_compared_with_the_remembered_ones(world, monkeypatch):
+    monkeypatch.setattr("hybrid_ssl.monitor.probe._START_IMAGES", 20)
+
+    def look(rank=0, gather=None):
+        p = probe(rank=rank, world=world, gather=gather)
+        assert "start_cosine" not in p.measure(encode, batch_size=8)
+        p.remember(encode, batch_size=8)
+        return p.measure(encode, batch_size=8), p.measure(lambda x: encode(x.flip(1)), batch_size=8)
+
+    for same, other in Ranks(world).run(look) if world > 1 else [look()]:
+        assert same["start_cosine"] == pytest.approx(1) and same["start_cka"] == pytest.approx(1)
+        pixels = (images(57, 0)[0][torch.linspace(0, 56, 20).long()] / 255 - torch.tensor(MEAN).view(3, 1, 1)) / 0.2
+        a, b = encode(pixels), encode(pixels.flip(1))
+        assert other["start_cosine"] == pytest.approx(torch.cosine_similarity(a, b).mean().item(), abs=1e-5)
+        assert other["start_cka"] < 0.9 and other["knn"] != same["knn"]
+
+
 def test_non_finite_features_are_named():
     with pytest.raises(FloatingPointError, match="bf16"):
         probe().measure(lambda x: encode(x) * float("nan"), precision="fp16")

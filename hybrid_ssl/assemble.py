@@ -23,7 +23,7 @@ from .encoder import Encoder, build_encoder, load_frozen
 from .frozen import Frozen
 from .nn.batchnorm import SyncBatchNorm1d
 from .objectives import objective_class
-from .objectives.base import Objective
+from .objectives.base import Objective, ParamRule
 from .optim import param_groups
 from .plan import EncoderSpec, Forward, Modality, union
 from .pretrainer import Pretrainer
@@ -101,7 +101,7 @@ def build_pretrainer(
         mean=tuple(mean),
         std=tuple(std),
         made={name: view.made for name, view in recipe.views.items()},
-        frozen={name: _spec_where_it_fits(other.encoder, sizes, crops) for name, other in frozen.items()},
+        frozen={name: _spec_as_seen(other, sizes, crops) for name, other in frozen.items()},
     )
     objectives = build_objectives(recipe, spec)
     plan = union(need for objective in objectives.values() for need in objective.needs)
@@ -132,6 +132,7 @@ def build_pretrainer(
         rank=rank,
         world=layout.world,
         batch_size=recipe.run.batch_size,
+        hold_encoder=recipe.optimizer.hold_encoder,
     )
 
 
@@ -159,17 +160,19 @@ def build_frozen(recipe: Recipe, student: Encoder, mean: list[float], std: list[
             continue
         try:
             with torch.random.fork_rng(devices=[]):  # the objectives' initial weights do not depend on it
-                encoder = load_frozen(cfg.weights, in_chans=recipe.data.channels, size=recipe.native_size)
+                size = cfg.height_width or recipe.native_size
+                encoder = load_frozen(cfg.weights, in_chans=recipe.data.channels, size=size)
         except ValueError as error:
-            raise ValueError(f"frozen.{name}: {error}") from error
+            hint = f"; frozen.{name}.size resizes its views" if "image size" in str(error) else ""
+            raise ValueError(f"frozen.{name}: {error}{hint}") from error
         built[name] = Frozen(encoder, cfg, mean, std, own=encoder.mean_std)
     return built
 
 
-def _spec_where_it_fits(encoder: Encoder, sizes: dict[str, tuple[int, int]], crops: dict[str, int]) -> EncoderSpec:
-    """A frozen encoder sees few views: others need not fit its patches."""
-    fit = {view: size for view, size in sizes.items() if not any(side % encoder.stride for side in size)}
-    return encoder.spec(fit, crops)
+def _spec_as_seen(frozen: Frozen, sizes: dict[str, tuple[int, int]], crops: dict[str, int]) -> EncoderSpec:
+    """What objectives may know of a frozen encoder; it sees few views, so that others need not fit its patches."""
+    own = frozen.cfg.height_width
+    return frozen.encoder.spec({view: own or size for view, size in sizes.items()}, crops)
 
 
 def build_objectives(recipe: Recipe, spec: EncoderSpec) -> dict[str, Objective]:
@@ -299,6 +302,8 @@ def build_groups(recipe: Recipe, pretrainer: Pretrainer) -> list[dict[str, Any]]
     rules = [rule for objective in pretrainer.parts.values() for rule in objective.param_rules()]
     layer_ids, last = ({}, 0) if recipe.optimizer.layer_decay is None else pretrainer.student.layer_ids()
 
+    if hold := recipe.optimizer.hold_encoder:
+        rules.append(ParamRule(tuple(pretrainer.student.model.parameters()), hold=hold, warm=True))
     def layer(name: str) -> float:
         if not name.startswith("student."):
             return 1.0

@@ -137,6 +137,12 @@ class Recipe(Settings):
                 raise ValueError(f"{name!r} cannot name a view of a modality: choose another word, e.g. depth, semseg")
         return self
 
+    @model_validator(mode="after")
+    def _something_to_hold(self) -> Recipe:
+        if self.optimizer.hold_encoder and self.encoder.init is None:
+            raise ValueError("optimizer.hold_encoder holds what the encoder knows already: set encoder.init, or null")
+        return self
+
     @field_validator("frozen")
     @classmethod
     def _names_are_free(cls, frozen: dict[str, FrozenSettings]) -> dict[str, FrozenSettings]:

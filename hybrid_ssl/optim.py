@@ -61,6 +61,9 @@ class OptimizerSettings(Settings):
     """lr of encoder layer i is multiplied by layer_decay ** (layers + 1 - i)"""
     patch_embed_lr: float = Field(1.0, gt=0, le=1)
     """lr of the patch embedding is multiplied by it as well (DINOv2: 0.2)"""
+    hold_encoder: Duration | None = None
+    """how long an encoder with `init` stays as it is, while new heads, decoder and mask token learn: their first
+    gradients say nothing about images yet. Then its lr grows from 0, over as many steps as `warmup` has"""
     vector_lr_scale: float = Field(1.0, gt=0)
     """factor on the learning rate of 1-D parameters (Barlow Twins: 0.024 with LARS, which does not adapt them)"""
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.999], min_length=2, max_length=2)
@@ -119,7 +122,7 @@ def param_groups(
 
     Returns:
         groups with `params`, `names`, `lr_scale`, `decay` (None: the run's weight decay; a number replaces it),
-        `constant_lr` and `hold` (a duration, or None).
+        `constant_lr`, `hold` (a duration, or None) and `warm`.
     """
     exception = {id(p): rule for rule in rules for p in rule.params}
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -129,8 +132,8 @@ def param_groups(
         rule = exception.get(id(parameter), ParamRule(()))
         decay = rule.weight_decay if rule.weight_decay is not None else 0.0 if _spared(cfg, name, parameter) else None
         scale = layer(name) * rule.lr_scale * (cfg.vector_lr_scale if parameter.ndim <= 1 else 1.0)
-        key = (scale, decay, rule.constant_lr, rule.hold)
-        fields = dict(zip(("lr_scale", "decay", "constant_lr", "hold"), key, strict=True))
+        key = (scale, decay, rule.constant_lr, rule.hold, rule.warm)
+        fields = dict(zip(("lr_scale", "decay", "constant_lr", "hold", "warm"), key, strict=True))
         group = groups.setdefault(key, {"params": [], "names": []} | fields)
         group["params"].append(parameter)
         group["names"].append(name)
@@ -162,9 +165,17 @@ def set_step(
     """Write this step's learning rates and weight decays into the groups; returns the base values."""
     lr, decay = lr_at(cfg, peak, now), value_at(cfg.weight_decay, now)
     for group in optimizer.param_groups:
-        group["lr"] = (peak if group["constant_lr"] else lr) * group["lr_scale"]
+        group["lr"] = (peak if group["constant_lr"] else lr) * group["lr_scale"] * _warmed(cfg, group, now)
         group["weight_decay"] = decay if group["decay"] is None else group["decay"]
     return lr, decay
+
+
+def _warmed(cfg: OptimizerSettings, group: dict[str, Any], now: Progress) -> float:
+    """Factor on the learning rate of parameters that warm up by themselves after they were held."""
+    if not group.get("warm"):  # groups of older checkpoints do not have it
+        return 1.0
+    held, warmup = (to_steps(text, now.total_steps, now.steps_per_epoch) for text in (group["hold"], cfg.warmup))
+    return min(1.0, max(0.0, now.step - held) / warmup) if warmup else 1.0
 
 
 def drop_held(optimizer: torch.optim.Optimizer, now: Progress) -> None:

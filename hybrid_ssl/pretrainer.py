@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .encoder import Encoder
@@ -19,7 +20,7 @@ from .frozen import Frozen
 from .nn.adapters import standardise
 from .objectives.base import Objective
 from .plan import Batch, EncoderSpec, Forward, Tokens, union
-from .schedule import Progress, to_steps, value_at
+from .schedule import Duration, Progress, to_steps, value_at
 
 
 class Pretrainer(nn.Module):
@@ -35,6 +36,7 @@ class Pretrainer(nn.Module):
         frozen: name -> encoder that is not trained.
         rank, world: this process among all, so that noise belongs to a sample's place in the global batch.
         batch_size: images of an optimizer step; None: one micro-batch of every process.
+        hold_encoder: how long the student's encoder is held; mask token, adapters and heads are not.
     """
 
     mean: Tensor
@@ -54,6 +56,7 @@ class Pretrainer(nn.Module):
         rank: int = 0,
         world: int = 1,
         batch_size: int | None = None,
+        hold_encoder: Duration | None = None,
     ) -> None:
         super().__init__()
         self.student = student
@@ -62,6 +65,7 @@ class Pretrainer(nn.Module):
         self.spec = spec
         self.visible = dict(visible)
         self.rank, self.world, self.batch_size = rank, world, batch_size
+        self.hold_encoder = hold_encoder
         self.plan = union(need for objective in objectives.values() for need in objective.needs)
         _check_plan(self.plan, student, self.visible)
         self.teacher: Encoder | None = None
@@ -91,7 +95,8 @@ class Pretrainer(nn.Module):
             total = weighted if total is None else total + weighted
             logs |= {f"{label}/{term}": value.detach() for term, value in terms.items()}
         assert total is not None
-        return total, {"loss": total.detach()} | logs
+        logs = {"loss": total.detach()} | logs
+        return (self._without_gradients(total) if self.held(now) else total), logs
 
     def encode(
         self, batch: Batch, now: Progress, resting: frozenset[str] = frozenset()
@@ -132,6 +137,11 @@ class Pretrainer(nn.Module):
         for frozen in self._frozen().values():
             if frozen.due(now):
                 frozen.copy_from(self.encoder(frozen.cfg.of or "student"))
+
+    def held(self, now: Progress) -> bool:
+        """Whether the student's encoder stands still at this step: the teacher, its copy, then does so as well."""
+        hold = self.hold_encoder
+        return hold is not None and now.step < to_steps(hold, now.total_steps, now.steps_per_epoch)
 
     def check_schedule(self, total_steps: int, steps_per_epoch: int) -> None:
         """ValueError for an objective that would pull towards a copy before it was taken: towards initial weights."""
@@ -180,16 +190,25 @@ class Pretrainer(nn.Module):
             with torch.no_grad():
                 return self.teacher(images, positions=need.positions, layers=need.layers)
         noise = self._noise(images, now, index, crops=self.spec.crops[need.view]) if self.training else None
-        tokens: Tokens = self.student(
-            images,
-            mask,
-            visible=visible,
-            positions=need.positions,
-            layers=need.layers,
-            beside={view: batch.views[view] for view in need.beside},
-            noise=noise,
-        )
+        # the gradients of mask token and adapters, which are never held, go through all blocks
+        learns = (mask is not None and not need.drop) or bool(need.beside) or not self.held(now)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+            tokens: Tokens = self.student(
+                images,
+                mask,
+                visible=visible,
+                positions=need.positions,
+                layers=need.layers,
+                beside={view: batch.views[view] for view in need.beside},
+                noise=noise,
+            )
         return tokens
+
+    def _without_gradients(self, total: Tensor) -> Tensor:
+        """The same number, with gradients of 0 for the held encoder: DDP waits for the same ones in every step, FSDP
+        for none. An empty slice is not read, so that it costs nothing and 0 x NaN does not come up."""
+        held = (p for p in self.student.model.parameters() if p.requires_grad and not isinstance(p, DTensor))
+        return sum((p.flatten()[:0].sum() for p in held), total)
 
     def _resting(self, now: Progress) -> frozenset[str]:
         """Objectives whose weight is 0 at this step, and for which a frozen encoder would look in vain. Not those with

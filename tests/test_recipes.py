@@ -14,6 +14,7 @@ from hybrid_ssl.optim import build_optimizer, peak_lr
 from hybrid_ssl.plan import Progress
 from hybrid_ssl.pretrainer import Pretrainer
 from hybrid_ssl.reading import parse_yaml
+from tests.tiny_encoder import shared_encoder
 from tests.tiny_tokenizer import shared_tokenizer
 
 FOLDER = Path(__file__).parents[1] / "recipes"
@@ -53,6 +54,7 @@ SMALL_HEADS = {
     "ibot": ["out_dim=32", "hidden=32", "bottleneck=16"],
     "dinov2": ["out_dim=32", "hidden=32", "bottleneck=16"],
     "gram": ["weight=2.0"],  # at once: its recipe begins late
+    "distil": ["hidden=32"],
     "lejepa": ["hidden=32", "slices=16"],
     "msn": ["out_dim=32", "hidden=32", "dim=16"],
     "beit": [],
@@ -89,8 +91,11 @@ def reduced(path: Path) -> Recipe:
     changes += [f"views.{name}.size={SMALL_SIDE[view.height_width[0]]}" for name, view in full.views.items()]
     changes += [f"data.modalities.{name}={STAND_INS[name]}" for name in full.data.modalities]
     changes += [f"masks.{name}.min_tokens=1" for name, mask in full.masks.items() if mask.kind == "block"]
-    for name in full.frozen:
-        changes += [f"frozen.{name}.after=0 steps", f"frozen.{name}.every=50 steps"]
+    for name, frozen in full.frozen.items():
+        if frozen.weights is None:
+            changes += [f"frozen.{name}.after=0 steps", f"frozen.{name}.every=50 steps"]
+        else:
+            changes += [f"frozen.{name}.weights={shared_encoder()}"]
     for label, name in full.used_names.items():
         changes += [f"objectives.{label}.{change}" for change in SMALL_HEADS[name]]
         changes += [f"objectives.{label}.tokenizer={shared_tokenizer()}"] if name == "beit" else []

@@ -55,6 +55,7 @@ NOTES = {
     "msn": Note("medium", "few labels", "ViT-S linear 76.9"),
     "dinov2": Note("high", BOTH, "ViT-L/16, ImageNet-1k: k-NN 81.6, linear 82.9"),
     "gram": Note("none", "dense features of long runs", "part of DINOv3"),
+    "distil": Note("none", "what its teacher is good for; as an anchor: continued training", "no run to compare with"),
     "lejepa": Note("medium (statistics)", FROZEN, "ViT-S/8, Imagenette: linear 90.7"),
     "beit": Note("none", TUNING, "ViT-B fine-tuned 83.2"),
     "multimae": Note("none", "fine-tuning on several modalities", "ViT-B fine-tuned 83.3, ADE20K 46.2"),

@@ -29,10 +29,15 @@ def cosines(patches: Tensor) -> Tensor:
     return rows @ rows.transpose(1, 2)
 
 
-def resize_patches(patches: Tensor, grid: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Patch features on another grid, bicubic without antialiasing: [R, N, D] -> [R, rows * columns of `new`, D]."""
+def resize_patches(patches: Tensor, grid: tuple[int, int], new: tuple[int, int], *, smooth: bool = False) -> Tensor:
+    """Patch features on another grid: [R, N, D] -> [R, rows * columns of `new`, D].
+
+    Bicubic without antialiasing, as DINOv3 does it; `smooth`: bilinear with antialiasing: values stay within those of
+    the features, and on a coarser grid no patch is left out.
+    """
     if grid == new:
         return patches
     with no_autocast(patches):
         maps = full_precision(patches).transpose(1, 2).unflatten(2, grid)  # [R, D, rows, columns]
-        return F.interpolate(maps, size=new, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
+        mode = "bilinear" if smooth else "bicubic"
+        return F.interpolate(maps, size=new, mode=mode, antialias=smooth).flatten(2).transpose(1, 2)

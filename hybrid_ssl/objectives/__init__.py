@@ -15,6 +15,7 @@ from .cutpaste import CutPaste
 from .data2vec import Data2Vec
 from .dino import DINO
 from .dinov2 import DINOv2
+from .distil import Distil
 from .gram import Gram
 from .ibot import IBOT
 from .ijepa import IJEPA
@@ -44,6 +45,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "ibot": IBOT,
     "dinov2": DINOv2,
     "gram": Gram,
+    "distil": Distil,
     "msn": MSN,
     "lejepa": LeJEPA,
     "beit": BEiT,

@@ -45,6 +45,7 @@ class ParamRule:
         weight_decay: replaces the run's weight decay (0.0: none); None keeps it.
         hold: gradients are dropped (set to None) for this long, so that moments and step counts stand still too.
         constant_lr: the learning rate keeps its base value instead of following the schedule (SimSiam's predictor).
+        warm: after `hold` the learning rate grows from 0 over the run's warm-up once more.
     """
 
     params: tuple[nn.Parameter, ...]
@@ -52,6 +53,7 @@ class ParamRule:
     weight_decay: float | None = None
     hold: Duration | None = None
     constant_lr: bool = False
+    warm: bool = False
 
 
 class Objective(nn.Module):

@@ -13,7 +13,7 @@ from .reading import RecipeError
 FREE = {
     "run.out", "run.workers", "run.threads", "run.micro_batch", "run.checkpoint_every", "run.keep", "run.trackers",
     "run.gradient_checkpointing", "run.compile", "data.source", "data.probe", "data.max_broken", "monitor", "export",
-    "hub",
+    "hub", "run.test_batch", "run.evaluate_every", "run.max_broken",
 }  # fmt: skip
 """Keys that change how a run is carried out, not what it computes. The data may have moved: its fingerprint decides.
 The micro-batch may fit another machine: where it matters, the number of micro-batches in a step decides."""
@@ -43,7 +43,14 @@ def check_resume(
         before = build_recipe(before).model_dump(mode="json")  # keys that are newer than the checkpoint: the defaults
     except RecipeError:
         pass  # written by another version: the differences say what
-    differences = _differences(before, recipe.model_dump(mode="json"))
+    check_same(before, recipe.model_dump(mode="json"), facts_before, facts)
+
+
+def check_same(
+    before: Mapping[str, Any], now: Mapping[str, Any], facts_before: Mapping[str, Any], facts: Mapping[str, Any]
+) -> None:
+    """The same for recipes of any kind, as plain data with every default."""
+    differences = _differences(before, now)
     problems = [f"{path}: was {old!r}, is {new!r}" for path, old, new in differences if not _is_free(path)]
     problems += [
         f"{name}: was {facts_before.get(name)!r}, is {facts.get(name)!r}"

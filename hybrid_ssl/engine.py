@@ -34,6 +34,8 @@ from .config import RunSettings
 from .nn.distributed import gather_no_grad
 from .plan import Batch
 
+DONE, NON_FINITE, COLLAPSED, STORAGE = 0, 3, 4, 5
+"""exit codes of a run, besides 2 (something the user has to change) and those of `stop_code`"""
 PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -126,6 +128,11 @@ class StopSignal:
         if self.number:  # the second one does not wait
             raise KeyboardInterrupt
         self.number = number
+
+
+def stop_code(number: int) -> int:
+    """Exit code for a signal; 0 for none."""
+    return {0: DONE, signal.SIGINT: 130}.get(number, 143)
 
 
 def is_sharded(model: nn.Module) -> bool:

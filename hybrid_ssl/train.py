@@ -179,7 +179,6 @@ class Run:
     def fit(self, out: Path, found: Path | None) -> int:
         """Train to the end, from the checkpoint `found` if there is one."""
         self.out = out
-        self.outcome.remember_start(self.pretrainer)
         start = self.restore(found) if found else 0
         if self.main:
             storage.sweep(out)
@@ -328,9 +327,6 @@ class Run:
             facts["the number of micro-batches in a step"] = self.layout.accumulation
         if self.recipe.data.streaming:
             facts["the number of processes that share the stream"] = self.layout.world
-        for name, frozen in self.pretrainer.frozen.items():
-            if frozen.digest is not None:  # given weights, which no checkpoint holds
-                facts[f"the weights of frozen.{name} (sha256)"] = frozen.digest
         return facts
 
     def restore(self, path: Path) -> int:

@@ -300,10 +300,10 @@ def build_loader(
 def build_groups(recipe: Recipe, pretrainer: Pretrainer) -> list[dict[str, Any]]:
     """Parameter groups after the recipe's and the objectives' rules."""
     rules = [rule for objective in pretrainer.parts.values() for rule in objective.param_rules()]
-    layer_ids, last = ({}, 0) if recipe.optimizer.layer_decay is None else pretrainer.student.layer_ids()
-
     if hold := recipe.optimizer.hold_encoder:
         rules.append(ParamRule(tuple(pretrainer.student.model.parameters()), hold=hold, warm=True))
+    layer_ids, last = ({}, 0) if recipe.optimizer.layer_decay is None else pretrainer.student.layer_ids()
+
     def layer(name: str) -> float:
         if not name.startswith("student."):
             return 1.0

@@ -179,6 +179,7 @@ class Run:
     def fit(self, out: Path, found: Path | None) -> int:
         """Train to the end, from the checkpoint `found` if there is one."""
         self.out = out
+        self.outcome.remember_start(self.pretrainer)
         start = self.restore(found) if found else 0
         if self.main:
             storage.sweep(out)

@@ -328,6 +328,9 @@ class Run:
             facts["the number of micro-batches in a step"] = self.layout.accumulation
         if self.recipe.data.streaming:
             facts["the number of processes that share the stream"] = self.layout.world
+        for name, frozen in self.pretrainer.frozen.items():
+            if frozen.digest is not None:  # given weights, which no checkpoint holds
+                facts[f"the weights of frozen.{name} (sha256)"] = frozen.digest
         return facts
 
     def restore(self, path: Path) -> int:

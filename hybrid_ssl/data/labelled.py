@@ -90,7 +90,7 @@ def open_probe(data: DataSettings, source: Source | None = None) -> ProbeSources
         try:
             test = open_named(named, split=probe.test_split, **options)
         except NoSplit:
-            train, test = _hold_out(train, probe.test_images)
+            train, test = hold_out(train, probe.test_images)
     for part in (train, test):
         if part.labels is None:
             raise ValueError(f"data.probe needs labels, there are none in {part.describe()}: set data.probe.source")
@@ -108,7 +108,8 @@ def _renumber(test: Images, train: Images) -> Images:
     return out
 
 
-def _hold_out(source: Images, wanted: int) -> tuple[Images, Images]:
+def hold_out(source: Images, wanted: int) -> tuple[Images, Images]:
+    """(the rest, at most `wanted` images and at most a fifth of all), the same ones in every call."""
     count = min(wanted, max(1, len(source) // 5))
     order = permutation(len(source), 0, 1)
     rest, held = order[count:].sort().values, order[:count].sort().values

@@ -81,7 +81,7 @@ class Probe:
         if self._raw is None:
             if self.train_labels is None or self.test_images is None or self.test_labels is None:
                 raise ValueError("raw pixels are compared by k-NN: the probe needs labels and test images")
-            train, test = (_pixels(images).to(device) for images in (self.train_images, self.test_images))
+            train, test = (small_pixels(images).to(device) for images in (self.train_images, self.test_images))
             self._raw = knn_accuracy(train, self.train_labels, test, self.test_labels, self.k, self.temperature, _CHUNK)
         return self._raw
 
@@ -182,7 +182,7 @@ def _share(n: int, size: int, rank: int, world: int) -> Tensor:
     return torch.arange(first, first + blocks * size).clamp_max(n - 1)
 
 
-def _pixels(images: Tensor) -> Tensor:
+def small_pixels(images: Tensor) -> Tensor:
     """uint8 [n, C, H, W] -> float32 [n, C * h * w] in 0..1, h and w at most 32."""
     small = (min(images.shape[2], _PIXELS), min(images.shape[3], _PIXELS))
     parts = [adaptive_avg_pool2d(part.float() / 255, small).flatten(1) for part in images.split(1024)]

@@ -16,6 +16,8 @@ from ..nn.adapters import Adapter
 from ..nn.attention import prefers_fused
 from ..plan import EncoderSpec, Modality, Tokens
 
+_LAST = ("norm", "fc_norm", "attn_pool", "head", "classifier", "fc")  # behind all blocks, in timm's names
+
 
 class StochasticDepth(nn.Module):
     """timm's DropPath with noise from outside, so that a step is a function of (seed, step, sample position)."""
@@ -203,14 +205,18 @@ def mean_std(model: Any) -> tuple[list[float], list[float]]:
 
 
 def layer_ids(model: Any) -> tuple[dict[str, int], int]:
-    """Parameter name of a timm model -> layer for layer-wise lr decay, and the last id, of the norm and of heads.
+    """Parameter name of a timm model -> layer for layer-wise lr decay, and the last id, which has the full rate.
 
-    0: stem, tokens and positions; b + 1: block b; a Swin's patch merging belongs to the block before it.
+    0: stem, tokens and positions; b + 1: block b; depth + 1: the last norm and the head (MAE, arXiv 2111.06377). A
+    Swin's patch merging belongs to the block before it (SimMIM, arXiv 2111.09886); timm has it at the start of the
+    stage behind, and counts it to the block there.
     """
     ids: dict[str, int] = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
-    last = max(ids.values(), default=0) + 1  # the full rate
-    norms = ("norm.", "fc_norm.")  # timm counts them to the last block
-    return {name: last if name.startswith(norms) else layer for name, layer in ids.items()}, last
+    below = {name: layer for name, layer in ids.items() if name.split(".")[0] not in _LAST}
+    last = max(below.values(), default=0) + 1
+    if hasattr(model, "layers"):
+        below = {name: layer - (".downsample." in name) for name, layer in below.items()}
+    return {name: below.get(name, last) for name in ids}, last
 
 
 def _set_noise(module: nn.Module, noise: Tensor | None) -> None:

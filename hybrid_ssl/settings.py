@@ -34,7 +34,10 @@ class EncoderSettings(Settings):
     name: str
     """any timm model name, e.g. `vit_base_patch16_224` or `swin_tiny_patch4_window7_224`"""
     init: str | None = None
-    """null: random weights; `timm`: timm's default pretrained weights; else a folder that an earlier run exported"""
+    """null: random weights; `timm`: timm's default weights for `name`; a timm name with tag; `hf-hub:user/name`; the
+    folder of an earlier run or export; or an official checkpoint file, see docs/weights.md"""
+    init_part: str | None = None
+    """which encoder of a checkpoint file that holds several, e.g. `student`; null: the one its authors publish"""
     args: dict[str, Any] = {}
     """more arguments of `timm.create_model`, e.g. {reg_tokens: 4, patch_size: 8}"""
     drop_path: float = Field(0.0, ge=0, lt=1)

@@ -48,6 +48,8 @@ class Encoder(nn.Module):
         self.adapters = nn.ModuleDict()
         """view of another modality -> what makes tokens of it"""
         self.gradient_checkpointing = False
+        self.origin: tuple[str, ...] = ()
+        """where its weights came from, as lines; none for random ones"""
         self.noise_rows = self._replace_drop_path()
         """rows of noise that a pass takes: one for each stochastic residual branch"""
         # found once: asking all modules takes 0.4 ms, in every pass

@@ -10,6 +10,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.models.beit import Beit
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
@@ -19,6 +20,8 @@ from torch import nn
 from ..nn.sincos import sincos_2d
 from ..settings import EncoderSettings
 from .base import Encoder
+from .official import read_weights
+from .source import create, resolve
 from .swin import SwinEncoder
 from .vit import VitEncoder
 
@@ -42,11 +45,12 @@ def build_encoder(
         ValueError: timm does not know the name, or a size does not fit the patches or windows.
     """
     largest = native or max(sizes.values(), key=lambda size: size[0] * size[1])
-    model = _create(cfg, in_chans, largest, several=len(set(sizes.values())) > 1)
+    model, origin = _create(cfg, in_chans, largest, several=len(set(sizes.values())) > 1)
     _refuse_dropout(model)
     if cfg.init is None:
         _initialise(model, cfg.scheme)
     encoder = wrap(model)
+    encoder.origin = origin
     rows, columns = encoder.grid(*largest)
     if isinstance(encoder, SwinEncoder):
         encoder.check_windows(*largest)
@@ -57,19 +61,20 @@ def build_encoder(
     return encoder
 
 
-def load_frozen(weights: str, *, in_chans: int, size: tuple[int, int]) -> Encoder:
+def load_frozen(weights: str, *, in_chans: int, size: tuple[int, int], name: str | None = None) -> Encoder:
     """A trained encoder that is only to be looked with.
 
     Args:
-        weights: an exported folder, or a timm model name for timm's weights.
+        weights: anything that `resolve` knows.
         in_chans: channels of the images.
         size: height and width that its positions are resampled to.
+        name: the timm model that a checkpoint file is for.
 
     Raises:
         ValueError: there is no such model, or the size does not fit it.
     """
-    init = weights if Path(weights).is_dir() else "timm"
-    return build_encoder(EncoderSettings(name=weights, init=init), in_chans=in_chans, sizes={"frozen": size})
+    cfg = EncoderSettings(name=name or weights, init=weights)
+    return build_encoder(cfg, in_chans=in_chans, sizes={"frozen": size})
 
 
 def wrap(model: nn.Module) -> Encoder:
@@ -81,25 +86,46 @@ def wrap(model: nn.Module) -> Encoder:
     return Encoder(model)
 
 
-def _create(cfg: EncoderSettings, in_chans: int, size: tuple[int, int], several: bool) -> nn.Module:
-    """timm's own factory, without classifier, with the arguments that the family takes."""
-    name = cfg.name if cfg.init in (None, "timm") else f"local-dir:{cfg.init}"
-    if name == cfg.name and not timm.is_model(name.split(".")[0]):
-        near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.5)
-        raise ValueError(f"encoder.name: timm {timm.__version__} has no model {name!r}; similar: {', '.join(near)}")
+def _create(cfg: EncoderSettings, in_chans: int, size: tuple[int, int], several: bool) -> tuple[Any, tuple[str, ...]]:
+    """The model without classifier, and what there is to say of its weights."""
+    source = None if cfg.init is None else cfg.name if cfg.init == "timm" else resolve(cfg.init)
+    file = source if isinstance(source, Path) else None
+    if cfg.init_part and file is None:
+        raise ValueError("encoder.init_part chooses an encoder of a checkpoint file: set encoder.init to one, or null")
+    name = source if isinstance(source, str) else cfg.name
+    if ":" not in name and not timm.is_model(name.split(".")[0]):
+        raise ValueError(_unknown(name))
     args: dict[str, Any] = {"num_classes": 0, "in_chans": in_chans} | cfg.args
+    if cfg.drop_path:
+        args["drop_path_rate"] = cfg.drop_path
+    weights = None if file is None else read_weights(file, cfg.init_part)
+    fresh = cfg.init is None
     try:
-        with torch.device("meta"):  # costs nothing; says which family it is
-            plain = timm.create_model(name, **args)
-        args = _family_args(plain, size, several, fresh=cfg.init is None) | args
-        if cfg.drop_path:
-            args["drop_path_rate"] = cfg.drop_path
-        return timm.create_model(name, pretrained=cfg.init is not None, **args)
+        model, lines = create(
+            name,
+            args,
+            lambda plain: _family_args(plain, size, several, fresh),
+            pretrained=not fresh,
+            weights=weights,
+        )
     except (TypeError, AssertionError, RuntimeError, FileNotFoundError) as error:
         raise ValueError(f"encoder: timm cannot build {name!r} with {args}: {error}") from error
+    own = model.pretrained_cfg["architecture"]
+    if cfg.name not in (cfg.init, name) and own != cfg.name.split(".")[0]:
+        raise ValueError(f"encoder.init {cfg.init!r} holds a {own}, not a {cfg.name}: set encoder.name={own}")
+    return model, lines
+
+
+def _unknown(name: str) -> str:
+    if Path(name).is_file():
+        return f"{name} is a file of weights: say which timm model they are for by `name`, e.g. vit_base_patch16_224"
+    near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.5)
+    return f"encoder.name: timm {timm.__version__} has no model {name!r}; similar: {', '.join(near)}"
 
 
 def _family_args(plain: nn.Module, size: tuple[int, int], several: bool, fresh: bool) -> dict[str, Any]:
+    if isinstance(plain, Beit):
+        return {"img_size": size}  # its tables of relative positions are for one size
     if isinstance(plain, SwinTransformer | SwinTransformerV2):
         # smaller crops than the model's size: windows are padded, as timm does
         return {"img_size": size} | ({"strict_img_size": False} if several else {})

@@ -22,7 +22,7 @@ from .augment import Augment
 from .mix import mix, soft
 from .model import Classifier, add_head
 from .picture import answer_sheet
-from .samples import LabelledImages, Part, open_parts
+from .samples import LabelledImages, open_parts
 from .settings import ClassificationRecipe
 
 _SHOWN = 24  # test images on the picture
@@ -46,6 +46,7 @@ class ClassificationTask(Task):
         opened = open_encoder(recipe.encoder, size=size, seed=seed, **more)
         frozen = recipe.encoder.frozen
         rate = 0.0 if frozen else recipe.encoder.drop_path  # noise in features that learn nothing from it
+        encoder: Any
         encoder, self._again = add_head(opened, recipe.head, len(self.classes), drop_path=rate, seed=seed)
         if frozen:
             encoder.requires_grad_(False)
@@ -122,10 +123,6 @@ class ClassificationTask(Task):
         return {
             "classes": len(self.classes),
             "images": {name: len(part.rows) for name, part in parts.items()},
-            "fingerprints": {name: _fingerprint(part) for name, part in parts.items()},
+            "fingerprint": "/".join(f"{part.source.fingerprint}-{len(part.rows)}" for part in parts.values()),
             "problems": self.problems,
         }
-
-
-def _fingerprint(part: Part) -> str:
-    return f"{part.source.fingerprint}-{len(part.rows)}"

@@ -37,6 +37,15 @@ def gather_no_grad(x: Tensor) -> Tensor:
     return _gather(x.detach()) if world_size() > 1 else x.detach()
 
 
+def gather_objects(value: Any) -> list[Any]:
+    """Anything that can be pickled, of all processes in rank order; small things only."""
+    if world_size() == 1:
+        return [value]
+    out: list[Any] = [None] * world_size()
+    dist.all_gather_object(out, value)
+    return out
+
+
 def all_sum(x: Tensor) -> Tensor:
     """Sum of `x` over processes, a new tensor, with gradients to every process."""
     return _AllSum.apply(x) if world_size() > 1 else x

@@ -1,6 +1,6 @@
-"""An encoder leaves: a folder that timm and transformers load with nothing of ours installed.
+"""An encoder or a classifier leaves: a folder that timm and transformers load with nothing of ours installed.
 
-    model.safetensors   the encoder as timm names it, nothing else
+    model.safetensors   the model as timm names it, nothing else
     config.json         timm's format: architecture, model_args, pretrained_cfg; plus `ssl`, how it was trained
     heads.safetensors   optional: projection heads, decoders, mask token; for continuing or distilling
     README.md           the model card
@@ -53,17 +53,22 @@ def export_encoder(
     licence: str = "other",
     heads: Mapping[str, Tensor] | None = None,
     model_args: Mapping[str, Any] | None = None,
+    labels: Sequence[str] | None = None,
+    crop_pct: float = 1.0,
     verify: bool = True,
 ) -> Export:
     """Write `model` to `folder`; an earlier export there is replaced once the new one is complete and checked.
 
     Args:
-        model: built by `timm.create_model(..., num_classes=0)`, on any device; it is not changed.
+        model: built by `timm.create_model(..., num_classes=0)`, or as many classes as there are `labels`; on any
+            device; it is not changed.
         input_size: (channels, height, width) that it was trained at.
         mean, std: of each channel, in 0..1.
         licence: licence identifier of the Hub, chosen by who trained the weights.
         heads: other tensors of the run, by name.
         model_args: arguments of `timm.create_model` that timm did not record.
+        labels: names of a classifier's classes; None: an encoder.
+        crop_pct: share of an image's side that users should cut out of its centre.
         verify: load it in a fresh process and compare outputs.
 
     Raises:
@@ -72,13 +77,13 @@ def export_encoder(
     """
     refuse_foreign(folder)
     plain = plain_copy(model)
-    _check(plain, input_size, mean, std)
+    _check(plain, input_size, mean, std, labels)
     data = {
         "input_size": tuple(input_size),
         "mean": tuple(mean),
         "std": tuple(std),
         "interpolation": "bicubic",
-        "crop_pct": 1.0,
+        "crop_pct": crop_pct,
         "crop_mode": "center",
     }
     report = None
@@ -86,6 +91,8 @@ def export_encoder(
         with publish(folder) as path:
             save_for_hf(plain, str(path), model_args=dict(model_args or {}), safe_serialization=True, data_config=data)
             config = _patch(json.loads((path / CONFIG).read_text()), data, card, licence)
+            if labels is not None:
+                config["label_names"] = list(labels)
             (path / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
             if heads:
                 save_file(separate(heads), path / HEADS, metadata={"format": "pt"})
@@ -110,13 +117,22 @@ def _patch(config: dict[str, Any], data: Mapping[str, Any], card: CardFacts, lic
     return config
 
 
-def _check(model: nn.Module, input_size: Sequence[int], mean: Sequence[float], std: Sequence[float]) -> None:
+def _check(
+    model: nn.Module,
+    input_size: Sequence[int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    labels: Sequence[str] | None,
+) -> None:
     if not hasattr(model, "pretrained_cfg"):
         raise ValueError(
             f"{type(model).__name__} was not built by timm.create_model, so its arguments are not recorded"
         )
-    if getattr(model, "num_classes", 0):
-        raise ValueError(f"the model has a classifier of {model.num_classes} classes: build it with num_classes=0")
+    count = getattr(model, "num_classes", 0)
+    if count and labels is None:
+        raise ValueError(f"the model has a classifier of {count} classes: build it with num_classes=0, or give labels")
+    if labels is not None and len(labels) != count:
+        raise ValueError(f"there are {len(labels)} labels for a classifier of {count} classes")
     if getattr(model, "global_pool", None) == "":
         raise ValueError(
             "the model does not pool (global_pool=''), so users would get tokens where they expect features: "

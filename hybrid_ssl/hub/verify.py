@@ -129,7 +129,8 @@ def main(folder: Path, probe: Path) -> None:
     else:
         import transformers
 
-        found = _transformers_outputs(folder, expected["images"])
+        read = _transformers_logits if _classifies(folder) else _transformers_outputs
+        found = read(folder, expected["images"])
         results[f"transformers {transformers.__version__}"] = compare(expected, found)
         if expected["images"].shape[1] == 3:
             results["transformers' image processor"] = _processor(folder)
@@ -157,6 +158,22 @@ def _transformers_outputs(folder: Path, images: Tensor) -> dict[str, Tensor]:
 
     out = AutoModel.from_pretrained(folder).eval()(pixel_values=images)
     return {"tokens": out.last_hidden_state, "pooled": out.pooler_output}
+
+
+@torch.no_grad()
+def _transformers_logits(folder: Path, images: Tensor) -> dict[str, Tensor]:
+    """Of a classifier, whose class names must have arrived, too."""
+    from transformers import AutoModelForImageClassification
+
+    model = AutoModelForImageClassification.from_pretrained(folder).eval()
+    names = json.loads((folder / "config.json").read_text())["label_names"]
+    if [model.config.id2label[i] for i in range(model.config.num_labels)] != names:
+        raise ValueError(f"transformers reads other class names: {model.config.id2label}")
+    return {"pooled": model(pixel_values=images).logits}
+
+
+def _classifies(folder: Path) -> bool:
+    return bool(json.loads((folder / "config.json").read_text()).get("label_names"))
 
 
 def _processor(folder: Path) -> dict[str, Any]:

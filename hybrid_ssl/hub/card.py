@@ -37,18 +37,19 @@ def write_card(
         _introduction(model, config, facts),
         _loading(config),
         _training(facts),
-        _numbers(facts),
+        _numbers(facts, "measured on" if "label_names" in config else "features of"),
         _contents(heads),
         _citations(facts),
         f"Licence of the weights: `{licence}`, chosen by who trained them.",
     ]
-    return f"---\n{_metadata(facts, licence).to_yaml()}\n---\n\n" + "\n\n".join(s for s in sections if s) + "\n"
+    task = "image-classification" if "label_names" in config else "image-feature-extraction"
+    return f"---\n{_metadata(facts, licence, task).to_yaml()}\n---\n\n" + "\n\n".join(s for s in sections if s) + "\n"
 
 
-def _metadata(facts: CardFacts, licence: str) -> ModelCardData:
+def _metadata(facts: CardFacts, licence: str, task: str) -> ModelCardData:
     results = [
         EvalResult(
-            task_type="image-feature-extraction",
+            task_type=task,
             dataset_type=(facts.public_data or ["private"])[0],
             dataset_name=(facts.public_data or [LOCAL])[0],
             metric_type="accuracy",
@@ -62,7 +63,7 @@ def _metadata(facts: CardFacts, licence: str) -> ModelCardData:
         license=licence if known else "other",
         license_name=None if known else re.sub(r"[^a-z0-9.]+", "-", licence.lower()).strip("-"),
         library_name="timm",
-        pipeline_tag="image-feature-extraction",
+        pipeline_tag=task,
         tags=["self-supervised-learning", "hybrid_ssl", *facts.methods, "timm", "transformers"],
         datasets=[name for name in facts.public_data if "/" in name] or None,
         base_model=facts.base_model if facts.base_model and is_public(facts.base_model) else None,
@@ -76,7 +77,7 @@ def _introduction(model: nn.Module, config: Mapping[str, Any], facts: CardFacts)
     count = sum(p.numel() for p in model.parameters())
     trained = f", pretrained with {_listed(facts.objectives)}" if facts.objectives else ""
     lines = [
-        f"The {facts.network} encoder of a run of hybrid_ssl: timm's `{config['architecture']}`{trained}.",
+        f"The {_what(facts, config)} of a run of hybrid_ssl: timm's `{config['architecture']}`{trained}.",
         "",
         f"- parameters: {count / 1e6:.2f} million; features: {config['num_features']}, pooled by "
         f"`{config.get('global_pool', 'the model')}`",
@@ -88,15 +89,44 @@ def _introduction(model: nn.Module, config: Mapping[str, Any], facts: CardFacts)
     return "\n".join(lines)
 
 
+def _what(facts: CardFacts, config: Mapping[str, Any]) -> str:
+    classes = config.get("label_names")
+    return f"classifier ({len(classes)} classes)" if classes else f"{facts.network} encoder"
+
+
+_LOAD = """## Load it
+
+From this folder (`local-dir:FOLDER`) or from the Hub (`hf-hub:USER/NAME`):
+
+```python
+import timm
+{what} = timm.create_model('local-dir:FOLDER', pretrained=True).eval()
+{timm}
+```
+
+```python
+from transformers import {auto}
+{what} = {auto}.from_pretrained('FOLDER').eval()
+{transformers}
+```"""
+
+
 def _loading(config: Mapping[str, Any]) -> str:
     channels = config["pretrained_cfg"]["input_size"][0]
-    text = (
-        "## Load it\n\nFrom this folder (`local-dir:FOLDER`) or from the Hub (`hf-hub:USER/NAME`):\n\n```python\n"
-        "import timm\nencoder = timm.create_model('local-dir:FOLDER', pretrained=True).eval()\n"
-        "features = encoder(images)  # [B, D]; encoder.forward_features(images): tokens\n```\n\n```python\n"
-        "from transformers import AutoModel\nencoder = AutoModel.from_pretrained('FOLDER').eval()\n"
-        "features = encoder(pixel_values=images).pooler_output  # [B, D]; .last_hidden_state: tokens\n```"
-    )
+    if "label_names" in config:
+        text = _LOAD.format(
+            what="classifier",
+            timm="logits = classifier(images)  # [B, K], in the order of label_names in config.json",
+            auto="AutoModelForImageClassification",
+            transformers="logits = classifier(pixel_values=images).logits  # classifier.config.id2label: the names",
+        )
+    else:
+        text = _LOAD.format(
+            what="encoder",
+            timm="features = encoder(images)  # [B, D]; encoder.forward_features(images): tokens",
+            auto="AutoModel",
+            transformers="features = encoder(pixel_values=images).pooler_output  # [B, D]; .last_hidden_state: tokens",
+        )
     if channels != 3:
         text += (
             f"\n\nImage processors of transformers read 3 channels; normalise the {channels} of this encoder yourself."
@@ -122,11 +152,11 @@ def _training(facts: CardFacts) -> str:
     return "\n".join(["## Training", "", "| | |", "|---|---|", *lines]) if lines else ""
 
 
-def _numbers(facts: CardFacts) -> str:
+def _numbers(facts: CardFacts, whose: str) -> str:
     parts = []
     if facts.probe:
         lines = [f"| {_cell(who)} | {value:.4f} |" for who, value in facts.probe.items()]
-        parts.append("\n".join([f"| features of | {_cell(facts.probe_name)} |", "|---|---|", *lines]))
+        parts.append("\n".join([f"| {whose} | {_cell(facts.probe_name)} |", "|---|---|", *lines]))
     if facts.kept:
         likeness = ", ".join(f"{name} {value:.4f}" for name, value in facts.kept.items())
         parts.append(f"Likeness of the features to those of the encoder that the run started from: {likeness}.")

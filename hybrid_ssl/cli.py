@@ -13,6 +13,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from .downstream import KINDS
+
 USER_ERROR = 2
 INTERRUPTED = 130
 
@@ -26,6 +28,36 @@ def pretrain(args: argparse.Namespace) -> int:
     from .train import pretrain as run  # timm, accelerate and datasets: seconds, spent only on a recipe that is right
 
     return run(recipe, resume=args.resume, dry_run=args.dry_run, show=args.show)
+
+
+def finetune(args: argparse.Namespace) -> int:
+    """Train an encoder with a head for labels, boxes, masks or pixels, and measure what it reaches."""
+    from .downstream.tasks import read_task_recipe
+
+    given = {"encoder.name": args.encoder, "data.source": args.data, "encoder.random": args.random or None}
+    given |= {"run.out": args.out, "run.seed": args.seed}
+    given = {key: value for key, value in given.items() if value is not None}
+    recipe = read_task_recipe(args.task, args.recipe, args.overrides, given)
+
+    from .downstream.fit import finetune as run
+
+    return run(args.task, recipe, resume=args.resume)
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Measure frozen features: k-NN, linear and attentive probes, logistic regression, few labels, retrieval."""
+    from .downstream.evaluation.settings import read_evaluate_recipe
+
+    asked = [name for text in args.protocol or () for name in text.split(",") if name]
+    given = {"encoder.name": args.encoder, "data.source": args.data, "encoder.random": args.random or None}
+    given |= {"run.out": args.out, "run.cache": args.cache, "run.seed": args.seed, "protocols": asked or None}
+    given = {key: value for key, value in given.items() if value is not None}
+    recipe = read_evaluate_recipe(args.recipe, args.overrides, given)
+
+    from .downstream.evaluation.run import evaluate as run
+
+    run(recipe)
+    return 0
 
 
 def anomaly(args: argparse.Namespace) -> int:
@@ -83,6 +115,37 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--show", action="store_true", help="print the resolved recipe and the plan, then stop")
     command.add_argument("--dry-run", action="store_true", help="build everything, run one step, keep nothing")
     command.add_argument("--resume", action="store_true", help="continue the run in run.out at its very step")
+
+    command = commands.add_parser(
+        "finetune", help="train an encoder for labels, boxes, masks or pixels", description=finetune.__doc__
+    )
+    command.set_defaults(run=finetune)
+    command.add_argument("task", metavar="TASK", choices=KINDS, help=", ".join(KINDS))
+    command.add_argument(
+        "encoder", metavar="ENCODER", help="an exported folder, a run's folder, a Hub id, a timm model"
+    )
+    command.add_argument("overrides", metavar="KEY.PATH=VALUE", nargs="*", help="e.g. run.length='20 epochs'")
+    command.add_argument("--data", metavar="D", help="labelled images; docs/downstream.md tells the layouts")
+    command.add_argument("--recipe", help="a .yaml file, see recipes/finetune/; default: the task's defaults")
+    command.add_argument("--random", action="store_true", help="the same architecture with random weights")
+    command.add_argument("--out", help="folder to write; default: as the recipe says")
+    command.add_argument("--seed", type=int, help="of new heads, order and augmentation")
+    command.add_argument("--resume", action="store_true", help="continue the run in run.out at its very step")
+
+    command = commands.add_parser("evaluate", help="measure frozen features", description=evaluate.__doc__)
+    command.set_defaults(run=evaluate)
+    command.add_argument(
+        "encoder", metavar="ENCODER", help="an exported folder, a run's folder, a Hub id, a timm model"
+    )
+    command.add_argument("overrides", metavar="KEY.PATH=VALUE", nargs="*", help="e.g. knn.k=[5,20] data.size=224")
+    command.add_argument("--data", metavar="D", help="labelled images; docs/downstream.md tells the layouts")
+    protocols = "knn, linear, logistic, lowshot, retrieval, attentive"
+    command.add_argument("--protocol", action="append", metavar="P", help=f"{protocols}; several with commas, one pass")
+    command.add_argument("--recipe", help="a .yaml file; default: the papers' protocols")
+    command.add_argument("--random", action="store_true", help="the same architecture with random weights")
+    command.add_argument("--out", help="folder for results and features (default: runs/evaluate)")
+    command.add_argument("--cache", help="folder for features that several evaluations share; default: in OUT")
+    command.add_argument("--seed", type=int, help="of random weights, heads and held-out images")
 
     command = commands.add_parser(
         "anomaly", help="score pictures by how abnormal they are", description=anomaly.__doc__

@@ -4,3 +4,6 @@
 each task is a `Task` (task.py) with its data and model, and `fit.py` trains all of them in the same loop, on the same
 Accelerate engine as pretraining. Both write `results.json`, which tables put side by side.
 """
+
+KINDS = ("classification", "detection", "segmentation")
+"""the tasks of `finetune`"""

@@ -7,6 +7,7 @@ in training, replaced by the one after it.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -142,8 +143,15 @@ def _loader(dataset: Dataset[Loaded], sampler: Any, workers: int, device: torch.
         num_workers=workers,
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None,
+        worker_init_fn=_ignore_signals,
     )
 
 
-def _as_is(loaded: Loaded) -> Loaded:
+def _ignore_signals(worker: int) -> None:
+    """A signal to the whole group is the run's to answer: it saves, with its loader processes still alive."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _as_is(loaded: Any) -> Any:
     return loaded

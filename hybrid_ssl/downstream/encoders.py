@@ -59,6 +59,9 @@ def open_encoder(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = load_encoder(cfg.name, size=(height, width), pretrained=not cfg.random, dynamic=dynamic, **args)
+    if dynamic:  # dense tasks read maps: what only pools them would get no gradient
+        for name in ("fc_norm", "attn_pool", "head"):
+            getattr(model, name, nn.Identity()).requires_grad_(False)
     if cfg.frozen:
         model.requires_grad_(False)
     mean, std = mean_std(model)

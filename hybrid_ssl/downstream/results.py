@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import nn
-
 RESULTS = "results.json"
 
 
@@ -22,12 +20,12 @@ class Encoded(NamedTuple):
     parameters: int
 
 
-def encoded(name: str, model: nn.Module, random: bool) -> Encoded:
+def encoded(name: str, model: Any, random: bool) -> Encoded:
     """Describe an encoder; `name` as the user gave it, of which a path keeps its last two parts."""
     path = Path(name)
     shown = "/".join(path.parts[-2:]) if path.is_dir() else name
     size = sum(parameter.numel() for parameter in model.parameters())
-    return Encoded(shown.lstrip("/"), model.pretrained_cfg["architecture"], random, size)  # type: ignore[index,union-attr]
+    return Encoded(shown.lstrip("/"), model.pretrained_cfg["architecture"], random, size)
 
 
 def write_results(

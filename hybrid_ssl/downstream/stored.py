@@ -13,8 +13,9 @@ from .. import __version__
 from ..checkpoint import separate
 from ..hub.folder import CONFIG, WEIGHTS
 from ..storage import StorageError, publish
+from . import KINDS
 from .task import Task
-from .tasks import KINDS, restore
+from .tasks import restore
 
 KIND = "hybrid_ssl_task"
 

@@ -10,10 +10,9 @@ from typing import Any
 from torch import nn
 
 from ..reading import RecipeError, check, read_mapping
+from . import KINDS
 from .settings import FinetuneRecipe
 from .task import Task
-
-KINDS = ("classification", "detection", "segmentation")
 
 
 def read_task_recipe(kind: str, path: str | Path | None, overrides: Sequence[str], given: Mapping[str, Any]) -> Any:

@@ -9,7 +9,7 @@ Shapes: B images, C channels, H x W pixels.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -87,6 +87,10 @@ class Task(ABC):
     @abstractmethod
     def draw(self, model: nn.Module, path: Path) -> None:
         """A picture of predictions beside the truth, for some test images, the same ones every time."""
+
+    def export(self, model: nn.Module, out: Path, metrics: Mapping[str, float]) -> str:
+        """Write the trained model also as others load it; a line about that, or nothing if there is no such form."""
+        return ""
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:

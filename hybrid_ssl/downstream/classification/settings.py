@@ -102,6 +102,15 @@ class HeadSettings(Settings):
     """of the new head's weights (MAE, BEiT): its first answers are all alike"""
 
 
+class ClassifierExport(Settings):
+    """The classifier that leaves the run, as timm and transformers load it."""
+
+    licence: str = "other"
+    """licence identifier written on the card; trained weights belong to whoever trained them"""
+    verify: bool = True
+    """load it in a fresh process with timm (and transformers, if installed) and compare outputs"""
+
+
 class ClassificationRecipe(FinetuneRecipe):
     """Everything that decides the fine-tuning of a classifier."""
 
@@ -110,3 +119,4 @@ class ClassificationRecipe(FinetuneRecipe):
     mix: MixSettings = MixSettings()
     head: HeadSettings = HeadSettings()
     label_smoothing: float = Field(0.1, ge=0, lt=1)
+    export: ClassifierExport = ClassifierExport()

@@ -6,7 +6,7 @@ Shapes: B images, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -19,6 +19,7 @@ from ...data.decode import Decoder
 from ..encoders import open_encoder
 from ..task import Batch, Task
 from .augment import Augment
+from .export import FOLDER, export_classifier
 from .mix import mix, soft
 from .model import Classifier, add_head
 from .picture import answer_sheet
@@ -117,6 +118,13 @@ class ClassificationTask(Task):
             device = next(model.parameters()).device
             probabilities = model(pictures.to(device)).softmax(1).cpu()
         answer_sheet(pictures, labels, probabilities, self.classes, self.confusion).save(path)
+
+    def export(self, model: nn.Module, out: Path, metrics: Mapping[str, float]) -> str:
+        """Write `out/classifier` for timm and transformers."""
+        assert isinstance(model, Classifier)
+        done = export_classifier(model, out / FOLDER, self.recipe, images=len(self.train), metrics=metrics)
+        report = f"; {done.report}" if done.report else ""
+        return f"for others: timm.create_model('local-dir:{done.folder}', pretrained=True){report}"
 
     def facts(self) -> dict[str, Any]:
         parts = {"train": self.parts.train, "test": self.parts.test}

@@ -14,7 +14,7 @@ from hybrid_ssl.optim import build_optimizer, peak_lr
 from hybrid_ssl.plan import Progress
 from hybrid_ssl.pretrainer import Pretrainer
 from hybrid_ssl.reading import parse_yaml
-from tests.tiny_encoder import shared_encoder
+from tests.tiny_encoder import shared_encoder, shared_start
 from tests.tiny_tokenizer import shared_tokenizer
 
 FOLDER = Path(__file__).parents[1] / "recipes"
@@ -79,7 +79,7 @@ SMALL_HEADS = {
     "cutpaste": ["hidden=32", "bottleneck=16"],
 }
 STAND_INS = {"depth": "{derive: sobel}", "semseg": "{derive: levels, classes: 5}"}
-SMALL_SIDE = {28: 28, 56: 16, 96: 32, 112: 32, 128: 32, 192: 64, 224: 64, 256: 64, 448: 128}
+SMALL_SIDE = {28: 28, 56: 16, 96: 32, 98: 32, 112: 32, 128: 32, 192: 64, 224: 64, 256: 64, 448: 128}
 
 
 def reduced(path: Path) -> Recipe:
@@ -87,8 +87,13 @@ def reduced(path: Path) -> Recipe:
     full = read_recipe(path)
     changes = ["data.source=embedded:fashion_mnist", "data.limit=16", "run.length=2 steps", "run.precision=fp32"]
     changes += ["run.batch_size=4", "run.micro_batch=2", "run.workers=0"]
-    changes += [f"encoder.args.{change}" for change in SMALL_ENCODER[full.encoder.name.split("_")[0]]]
-    changes += [f"views.{name}.size={SMALL_SIDE[view.height_width[0]]}" for name, view in full.views.items()]
+    small = SMALL_ENCODER[full.encoder.name.split("_")[0]]
+    changes += [f"encoder.args.{change}" for change in small]
+    if full.encoder.init is not None:  # weights that would be downloaded
+        changes += [f"encoder.init={shared_start(full.encoder.name, *small)}"]
+    unit = 14 if "patch14" in full.encoder.name else 1
+    sides = {name: SMALL_SIDE[view.height_width[0]] // unit * unit for name, view in full.views.items()}
+    changes += [f"views.{name}.size={side}" for name, side in sides.items()]
     changes += [f"data.modalities.{name}={STAND_INS[name]}" for name in full.data.modalities]
     changes += [f"masks.{name}.min_tokens=1" for name, mask in full.masks.items() if mask.kind == "block"]
     for name, frozen in full.frozen.items():
@@ -119,7 +124,8 @@ def loader_of(recipe: Recipe, pretrainer: Pretrainer) -> Loader:
 
 def test_the_promised_recipes_are_there() -> None:
     hybrids = {"mae_mocov3_vitb", "mae_dino_vitb", "simmim_mocov3_swinb"}
-    assert PUBLISHED.keys() | hybrids | {"quickstart", "fashion_mnist"} <= {path.stem for path in RECIPES}
+    continued = {"continue_ibot_vitb", "continue_mae_vitb", "continue_dinov2_vits"}
+    assert PUBLISHED.keys() | hybrids | continued | {"quickstart", "fashion_mnist"} <= {path.stem for path in RECIPES}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -1,5 +1,6 @@
 """An exported encoder of a few kilobytes for tests, in the place of weights that would be downloaded: untrained."""
 
+import json
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,20 @@ def write_encoder(folder: Path, *, side: int = 64, channels: int = 3, seed: int 
     normalised = {"mean": [0.5] * channels, "std": [0.2] * channels}
     card = CardFacts(title="a small encoder")
     export_encoder(model, folder, input_size=(channels, side, side), **normalised, card=card, verify=False)
+
+
+@cache
+def shared_start(name: str, *changes: str) -> str:
+    """Folder of an export of timm's `name`, made small by `key=value` arguments: what a recipe's `init` would fetch."""
+    _FOLDERS.append(tempfile.TemporaryDirectory())
+    folder = Path(_FOLDERS[-1].name) / "encoder"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        args = {key: json.loads(value) for key, value in (change.split("=") for change in changes)}
+        model = timm.create_model(name, num_classes=0, img_size=112, dynamic_img_size=True, **args).eval()
+    facts = {"mean": [0.5] * 3, "std": [0.2] * 3, "card": CardFacts(title="a small start")}
+    export_encoder(model, folder, input_size=(3, 112, 112), **facts, verify=False)
+    return str(folder)
 
 
 @cache

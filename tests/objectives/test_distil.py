@@ -113,6 +113,18 @@ def test_other_strides_meet_on_the_students_grid() -> None:
     harness.check_gradients("distil", LARGE | {"hidden": 8}, STRIDES)
 
 
+def test_the_teacher_may_look_at_a_larger_picture_of_the_crops() -> None:
+    larger = EncoderSpec(dim=20, stride=8, grids={"large": (8, 8)}, crops={"large": 2})
+    spec = replace(SAME, frozen={"gram": larger}, crops={"global": 2, "large": 2})
+    spec = replace(spec, grids={"global": (4, 4), "large": (8, 8)}, made={"large": frozenset({"like=global"})})
+    settings = LARGE | {"teacher_view": "large", "hidden": 8}
+    objective = harness.build("distil", settings, spec)
+    assert objective.needs == (Forward("student", "global"), Forward("gram", "large"))
+    harness.check_gradients("distil", settings, spec)
+    with pytest.raises(ValueError, match="view 'large' has to be made with like=global: set views.large.like=global"):
+        harness.build("distil", settings, replace(spec, made={"large": frozenset()}))
+
+
 def test_a_coarser_grid_leaves_out_no_patch_and_adds_no_overshoot() -> None:
     one = torch.zeros(1, 64, 1)
     for patch in range(64):

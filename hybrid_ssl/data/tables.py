@@ -52,6 +52,10 @@ class Table(Images):
     def cell(self, i: int, column: str) -> Any:
         return self._columns[column][int(i)][column]
 
+    def image_columns(self) -> list[str]:
+        """The columns that hold images, by their type."""
+        return [name for name, feature in self._whole.features.items() if type(feature).__name__ == "Image"]
+
     def name(self, i: int) -> str:
         return f"row {i} of {self.title}"
 

@@ -17,7 +17,7 @@ from ...data.decode import Decoder
 from ...data.order import permutation
 from ...data.sources import Images, NoSplit, open_named
 from ...data.views import center_box, cut
-from .settings import ClassificationData
+from .settings import LabelledData
 
 TEST_SPLITS = ("val", "validation", "valid", "test")  # `test` last: ImageNet's on the Hub has no labels
 
@@ -89,7 +89,7 @@ class Parts(NamedTuple):
     """sentences about what was left out"""
 
 
-def open_parts(cfg: ClassificationData) -> Parts:
+def open_parts(cfg: LabelledData) -> Parts:
     """Open both splits of the recipe's data.
 
     Raises:
@@ -121,7 +121,7 @@ def open_parts(cfg: ClassificationData) -> Parts:
     return Parts(learnt_part, tested_part, classes, problems)
 
 
-def _open_test(cfg: ClassificationData, columns: dict[str, Any], options: dict[str, Any]) -> Images | None:
+def _open_test(cfg: LabelledData, columns: dict[str, Any], options: dict[str, Any]) -> Images | None:
     """None: part of the training images is held out."""
     named = cfg.source if cfg.test_source is None else cfg.test_source
     options = options if cfg.test_source is None else columns

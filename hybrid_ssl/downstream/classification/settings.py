@@ -11,7 +11,7 @@ from ...settings import Settings
 from ..settings import FinetuneRecipe
 
 
-class ClassificationData(Settings):
+class LabelledData(Settings):
     """Images with one label each: class folders, a list with labels, tables, Hub data sets, tar shards."""
 
     source: str | list[str] = ""
@@ -34,33 +34,44 @@ class ClassificationData(Settings):
     limit: int | None = Field(None, ge=1)
     """train on only that many images, drawn for all runs alike"""
     test_limit: int | None = Field(None, ge=1)
-    size: int | list[int] = 224
-    """pixels: side, or [height, width]"""
-    crop: float = Field(0.875, gt=0, le=1)
-    """share of the side that is tested: the centre (224 of 256)"""
     channels: int | None = Field(None, ge=1, le=512)
     """null: as many as the encoder reads; other numbers adapt its first layer"""
     value_range: list[float] | None = Field(None, min_length=2, max_length=2)
     """[low, high] that is mapped to 0..255; null: the full range of the integer type"""
     max_megapixels: float = Field(64, gt=0)
 
-    @property
-    def height_width(self) -> tuple[int, int]:
-        return (self.size, self.size) if isinstance(self.size, int) else (self.size[0], self.size[1])
-
-    @field_validator("size")
-    @classmethod
-    def _two_sides(cls, size: int | list[int]) -> int | list[int]:
-        sides = [size, size] if isinstance(size, int) else size
-        if len(sides) != 2 or not 1 <= min(sides) <= max(sides) <= 8192:
-            raise ValueError(f"{size!r} is no size: give one number of pixels, or [height, width], up to 8192")
-        return size
-
     @model_validator(mode="after")
-    def _check_range(self) -> ClassificationData:
+    def _check_range(self) -> LabelledData:
         if self.value_range is not None and not self.value_range[0] < self.value_range[1]:
             raise ValueError(f"value_range must be [low, high] with low < high, got {self.value_range}")
         return self
+
+
+class ClassificationData(LabelledData):
+    """Labelled images at the size of a fine-tuning."""
+
+    size: int | list[int] = 224
+    """pixels: side, or [height, width]"""
+    crop: float = Field(0.875, gt=0, le=1)
+    """share of the side that is tested: the centre (224 of 256)"""
+
+    @property
+    def height_width(self) -> tuple[int, int]:
+        return two_sides(self.size)
+
+    @field_validator("size")
+    @classmethod
+    def _sides(cls, size: int | list[int]) -> int | list[int]:
+        two_sides(size)
+        return size
+
+
+def two_sides(size: int | list[int]) -> tuple[int, int]:
+    """Height and width; ValueError for what is no size of images."""
+    sides = [size, size] if isinstance(size, int) else size
+    if len(sides) != 2 or not 1 <= min(sides) <= max(sides) <= 8192:
+        raise ValueError(f"{size!r} is no size: give one number of pixels, or [height, width], up to 8192")
+    return sides[0], sides[1]
 
 
 class AugmentSettings(Settings):

@@ -27,7 +27,7 @@ from ...storage import StorageError, publish
 from ..batches import Broken, Counter
 from ..classification.samples import LabelledImages
 from .embed import Embedder, Part
-from .images import Blocks
+from .images import Blocks, Wanted, shrunk
 from .progress import Bar
 
 SPLITS = ("train", "test")
@@ -124,7 +124,7 @@ def _run(how: Pass, split: str, wanted: Collection[Part]) -> tuple[dict[str, Ten
     blocks = torch.arange(len(samples)).split(size)
     mine, rounds = blocks[rank() :: world_size()], -(-len(blocks) // world_size())
     reader = Blocks(samples, how.shape, "pixels" in wanted)
-    loaded = iter(reader.load(mine, how.workers, how.embedder.device.type == "cuda"))
+    loaded = iter(reader.load([Wanted(rows) for rows in mine], how.workers, how.embedder.device.type == "cuda"))
     parts = [part for part in wanted if part != "pixels"]
     blank = _blank(how, parts, "pixels" in wanted)
     out = {name: torch.zeros(len(samples), *row.shape, dtype=row.dtype) for name, row in blank.items()}
@@ -152,7 +152,7 @@ def _blank(how: Pass, parts: Collection[Part], pixels: bool) -> dict[str, Tensor
     image = torch.zeros(1, *how.shape, dtype=torch.uint8)
     rows = {name: torch.zeros_like(value[0], device="cpu") for name, value in how.embedder(image, parts).items()}
     if pixels:
-        rows["pixels"] = Blocks(how.splits["train"], how.shape, True)[torch.tensor([0])].pixels[0] * 0  # type: ignore[index]
+        rows["pixels"] = torch.zeros_like(shrunk(image)[0])
     return rows | {"ok": torch.tensor(False)}
 
 

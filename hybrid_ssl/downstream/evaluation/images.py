@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ...data.order import keyed
 from ...monitor.probe import small_pixels
 from ..batches import Broken
 from ..classification.samples import LabelledImages
@@ -28,8 +29,18 @@ class Block(NamedTuple):
     broken: tuple[Broken, ...]
 
 
+class Wanted(NamedTuple):
+    """Which images a loader process has to read."""
+
+    rows: Tensor
+    """int64 [b]"""
+    seed: int | None = None
+    """None: centre crops; else random crops, drawn from (seed, epoch, image)"""
+    epoch: int = 0
+
+
 class Blocks(Dataset[Block]):
-    """Blocks of a split by their rows.
+    """Blocks of a split.
 
     Args:
         samples: the split.
@@ -40,24 +51,24 @@ class Blocks(Dataset[Block]):
     def __init__(self, samples: LabelledImages, shape: tuple[int, int, int], pixels: bool) -> None:
         self.samples, self.shape, self.pixels = samples, shape, pixels
 
-    def __getitem__(self, rows: Tensor) -> Block:
+    def __getitem__(self, want: Wanted) -> Block:
+        rows = want.rows
         images = torch.zeros(len(rows), *self.shape, dtype=torch.uint8)
         ok, broken = torch.ones(len(rows), dtype=torch.bool), []
         for place, row in enumerate(rows.tolist()):
+            rng = None if want.seed is None else keyed(want.seed, want.epoch, row, "crop")
             try:
-                images[place] = self.samples.read(row, None)[0]
+                images[place] = self.samples.read(row, rng)[0]
             except ValueError as problem:
                 ok[place] = False
                 broken.append(Broken(self.samples.name(row), str(problem)))
-        # 8 bits: exact for images of at most 32 x 32, a quarter of the memory
-        pixels = (small_pixels(images) * 255).round().to(torch.uint8) if self.pixels else None
-        return Block(rows, images, pixels, ok, tuple(broken))
+        return Block(rows, images, shrunk(images) if self.pixels else None, ok, tuple(broken))
 
-    def load(self, rows: Iterable[Tensor], workers: int, pinned: bool) -> Iterator[Block]:
-        """Blocks of these rows, in this order."""
+    def load(self, wanted: Sequence[Wanted], workers: int, pinned: bool) -> Iterator[Block]:
+        """Blocks in this order."""
         loader = DataLoader(
             self,
-            sampler=list(rows),  # type: ignore[arg-type]
+            sampler=wanted,
             batch_size=None,  # an item is a block already
             collate_fn=_as_is,
             num_workers=workers,
@@ -67,5 +78,10 @@ class Blocks(Dataset[Block]):
         yield from loader
 
 
-def _as_is(block: Block) -> Block:
+def shrunk(images: Tensor) -> Tensor:
+    """uint8 [b, C, H, W] -> uint8 [b, C * h * w], at most 32 x 32; in 8 bits, a quarter of the memory."""
+    return (small_pixels(images) * 255).round().to(torch.uint8)
+
+
+def _as_is(block: Any) -> Any:
     return block

@@ -11,10 +11,10 @@ from pydantic import Field, field_validator
 from ...data.settings import Share
 from ...reading import RecipeError, check, read_mapping
 from ...settings import Settings
-from ..classification.settings import ClassificationData
+from ..classification.settings import LabelledData, two_sides
 
 Protocol = Literal["knn", "linear", "logistic", "lowshot", "retrieval", "attentive"]
-Rate = Annotated[float, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0, le=100)]
 
 
 class EvaluateRun(Settings):
@@ -49,18 +49,20 @@ class EvaluateEncoder(Settings):
     """`own`: what `encoder(images)` gives; `cls`: the class token; `avg`: the mean of the patch tokens"""
 
 
-class EvaluateData(ClassificationData):
-    """Labelled images as in fine-tuning, centre crops only; the encoder says their size."""
+class EvaluateData(LabelledData):
+    """Labelled images as in fine-tuning; the encoder says their size."""
 
-    size: int | list[int] | None = None  # type: ignore[assignment]
+    size: int | list[int] | None = None
     """pixels: side, or [height, width]; null: what the encoder was trained at"""
-    crop: float | None = Field(None, gt=0, le=1)  # type: ignore[assignment]
+    crop: float | None = Field(None, gt=0, le=1)
     """share of the side that is seen: the centre; null: the encoder's (1 for our exports)"""
 
     @field_validator("size")
     @classmethod
-    def _two_sides(cls, size: int | list[int] | None) -> int | list[int] | None:
-        return None if size is None else super()._two_sides(size)
+    def _sides(cls, size: int | list[int] | None) -> int | list[int] | None:
+        if size is not None:
+            two_sides(size)
+        return size
 
 
 class KnnSettings(Settings):
@@ -78,7 +80,7 @@ class KnnSettings(Settings):
 class SweepSettings(Settings):
     """Linear probe of DINO and DINOv2 (arXiv 2304.07193): many heads on one stream of features."""
 
-    lrs: list[Rate] = Field([1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0], min_length=1)
+    lrs: list[Rate] = Field([1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0], min_length=1)
     """for 256 images. DINOv2's end at 0.1; MoCo v3's rate is 3 and MoCo v2's 30, since features differ in length"""
     blocks: list[Annotated[int, Field(ge=1, le=4)]] = Field([1, 4], min_length=1)
     """how many of the last blocks' (Swin: stages') tokens are put side by side"""
@@ -110,6 +112,8 @@ class LinearSettings(Settings):
     mae: MaeProbeSettings = MaeProbeSettings()
     held_out: float = Field(0.1, gt=0, lt=1)
     """share of each class' training images on which the head is chosen; the winner is trained again on all"""
+    augment: bool = False
+    """random crops with the encoder run in every step, as the papers do; false: one pass over centre crops"""
 
 
 class LogisticSettings(Settings):
@@ -157,6 +161,8 @@ class AttentiveSettings(Settings):
     """width of an attention head; the widest divisor of the features' width up to it is taken"""
     held_out: float = Field(0.1, gt=0, lt=1)
     """share of each class' training images on which the learning rate is chosen; the winner is trained again on all"""
+    augment: bool = False
+    """random crops with the encoder run in every step; false: centre crops"""
     memory: float = Field(4.0, ge=0)
     """GB of patch tokens that are kept; beyond it the encoder runs again in every epoch"""
 

@@ -91,7 +91,7 @@ def sift(pairs: Pairs, looked: Looked, labels: Labels, split: str, limit: float)
         raise ValueError(
             f"{len(wrong)} of {len(looked.rows)} {split} masks cannot be used, more than run.max_broken={limit:g}:\n  "
             + "\n  ".join(said)
-            + f"\nids of classes: {_short(labels.ids)}; ids that are no class belong into data.ignore {labels.ignore}"
+            + f"\nids of classes: {shortened(labels.ids)}; what is no class belongs into data.ignore {labels.ignore}"
         )
     if pairs.spare:
         said.append(f"{split}: {pairs.spare} masks belong to no image")
@@ -149,7 +149,7 @@ def _sentences(pairs: Pairs, kinds: dict[str, list[int]], looked: Looked, split:
     for kind, rows in sorted(kinds.items(), key=lambda item: -len(item[1])):
         detail = looked.wrong.get(rows[0], kind)
         detail = f" ({detail})" if detail != kind else ""
-        said.append(f"{split}: {len(rows)} x {kind}: {_some([pairs.name(row) for row in rows])}{detail}")
+        said.append(f"{split}: {len(rows)} x {kind}: {_some([pairs.short(row) for row in rows])}{detail}")
     return said[:_KINDS] + [f"{split}: {len(said) - _KINDS} more kinds of problems"] * (len(said) > _KINDS)
 
 
@@ -158,7 +158,8 @@ def _some(names: Sequence[str], most: int = _NAMED) -> str:
     return ", ".join(names[:most]) + more
 
 
-def _short(ids: Sequence[int]) -> str:
-    if list(ids) == list(range(ids[0], ids[-1] + 1)):
+def shortened(ids: Sequence[int]) -> str:
+    """Ids as text; many that follow each other as a range."""
+    if len(ids) > 2 and list(ids) == list(range(ids[0], ids[-1] + 1)):
         return f"{ids[0]} .. {ids[-1]}"
-    return ", ".join(map(str, ids))
+    return ", ".join(map(str, ids)) or "none"

@@ -11,6 +11,7 @@ Pictures belong together when their paths below the two folders are equal up to 
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -39,14 +40,20 @@ class Pairs:
     """Images and masks of one split, by number; undecoded."""
 
     lonely: list[str]
-    """images without a mask, by name"""
+    """images without a mask, by their short names"""
     spare: int = 0
     """masks without an image"""
+    fingerprint: str
+    """differs when the list differs; a resumed run compares it"""
 
     def __len__(self) -> int:
         raise NotImplementedError
 
     def name(self, i: int) -> str:
+        raise NotImplementedError
+
+    def short(self, i: int) -> str:
+        """Its name without the folder of the data, for results that are shown to others."""
         raise NotImplementedError
 
     def image(self, i: int) -> Any:
@@ -59,22 +66,34 @@ class Pairs:
 
 
 class FilePairs(Pairs):
-    """Files in folders."""
+    """Files in folders.
 
-    def __init__(self, images: Sequence[str], masks: Sequence[str], lonely: list[str], spare: int = 0) -> None:
-        self.images, self.masks, self.lonely, self.spare = list(images), list(masks), lonely, spare
+    Args:
+        files: (image, mask) of each pair.
+        keys: what identifies the images, wherever the folder was moved to.
+    """
+
+    def __init__(
+        self, files: Sequence[tuple[str, str]], keys: Sequence[str], lonely: list[str], spare: int = 0
+    ) -> None:
+        self.files, self.keys, self.lonely, self.spare = list(files), list(keys), lonely, spare
+        joined = b"\0".join(os.fsencode(key) for key in keys)
+        self.fingerprint = hashlib.blake2b(joined, digest_size=16).hexdigest()
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.files)
 
     def name(self, i: int) -> str:
-        return printable(self.images[i])
+        return printable(self.files[i][0])
+
+    def short(self, i: int) -> str:
+        return printable(self.keys[i])
 
     def image(self, i: int) -> str:
-        return self.images[i]
+        return self.files[i][0]
 
     def mask(self, i: int) -> str:
-        return self.masks[i]
+        return self.files[i][1]
 
 
 class TablePairs(Pairs):
@@ -83,12 +102,16 @@ class TablePairs(Pairs):
     def __init__(self, table: Table, column: str) -> None:
         table.keep([column])
         self.table, self.column, self.lonely = table, column, []
+        self.fingerprint = table.fingerprint
 
     def __len__(self) -> int:
         return len(self.table)
 
     def name(self, i: int) -> str:
         return self.table.name(i)
+
+    def short(self, i: int) -> str:
+        return f"row {i}"
 
     def image(self, i: int) -> Any:
         return self.table.read(i)[0]
@@ -101,13 +124,17 @@ class Chosen(Pairs):
     """Some of the pairs, in their order."""
 
     def __init__(self, pairs: Pairs, rows: Sequence[int]) -> None:
-        self.pairs, self.rows, self.lonely = pairs, list(rows), pairs.lonely
+        self.pairs, self.rows, self.lonely, self.spare = pairs, list(rows), pairs.lonely, pairs.spare
+        self.fingerprint = f"{pairs.fingerprint}-{len(self.rows)}"
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def name(self, i: int) -> str:
         return self.pairs.name(self.rows[i])
+
+    def short(self, i: int) -> str:
+        return self.pairs.short(self.rows[i])
 
     def image(self, i: int) -> Any:
         return self.pairs.image(self.rows[i])
@@ -207,19 +234,20 @@ def _matched(images: Files, masks: Files, image_end: str = "", mask_ends: Sequen
     by_stem: dict[str, str] = {}
     for end in reversed(mask_ends):
         by_stem |= {_stem(masks, j).removesuffix(end): masks.path(j) for j in range(len(masks)) if _ends(masks, j, end)}
-    found, lonely = [], []
+    found, keys, lonely = [], [], []
     for i in range(len(images)):
         mask = by_stem.get(_stem(images, i).removesuffix(image_end))
         if mask is None:
-            lonely.append(images.name(i))
+            lonely.append(printable(images.key(i)))
         else:
             found.append((images.path(i), mask))
+            keys.append(images.key(i))
     if not found:
         raise ValueError(
             f"none of {len(images)} images has a mask: {images.name(0)} and {masks.name(0)} have to be called "
             "alike, up to the ending"
         )
-    return FilePairs([a for a, _ in found], [b for _, b in found], lonely, len(by_stem) - len({b for _, b in found}))
+    return FilePairs(found, keys, lonely, len(by_stem) - len({mask for _, mask in found}))
 
 
 def _stem(files: Files, i: int) -> str:
@@ -236,13 +264,13 @@ def _voc(root: Path, split: str) -> FilePairs:
     if not file.is_file():
         raise NoSplit(printable(str(root)), split, sorted(f.stem for f in lists.glob("*.txt")))
     stems = file.read_text(encoding="utf-8").split()
-    images = [root / "JPEGImages" / f"{stem}.jpg" for stem in stems]
-    masks = [root / "SegmentationClass" / f"{stem}.png" for stem in stems]
-    both = [(str(a), str(b)) for a, b in zip(images, masks, strict=True) if b.is_file()]
-    if not both:
+    there = [stem for stem in stems if (root / "SegmentationClass" / f"{stem}.png").is_file()]
+    if not there:
         raise ValueError(f"none of the {len(stems)} images of {printable(str(file))} has a mask in SegmentationClass")
-    lonely = [printable(str(a)) for a, b in zip(images, masks, strict=True) if not b.is_file()]
-    return FilePairs([a for a, _ in both], [b for _, b in both], lonely)
+    files = [
+        (str(root / "JPEGImages" / f"{stem}.jpg"), str(root / "SegmentationClass" / f"{stem}.png")) for stem in there
+    ]
+    return FilePairs(files, there, sorted(set(stems) - set(there)))
 
 
 def _cityscapes(root: Path, split: str) -> FilePairs:

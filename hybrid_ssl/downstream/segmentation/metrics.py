@@ -41,7 +41,7 @@ def measures(counts: Tensor, names: Sequence[str]) -> dict[str, float]:
     """What a confusion matrix [K, K] says, as shares of 1.
 
     Returns:
-        `mIoU`, `pixel_accuracy`, `mean_accuracy` (over the classes in the truth), `classes_measured`, and `IoU NAME`
+        `mIoU`, `pixel_accuracy`, `mean_accuracy` (over the classes in the truth), `classes_measured`, and `IoU/NAME`
         for each class that is there or was predicted.
     """
     hits, truth, predicted = (part.double() for part in (counts.diagonal(), counts.sum(1), counts.sum(0)))
@@ -55,4 +55,4 @@ def measures(counts: Tensor, names: Sequence[str]) -> dict[str, float]:
         "mean_accuracy": float(accuracy[there].mean()) if there.any() else 0.0,
         "classes_measured": float(seen.sum()),
     }
-    return out | {f"IoU {name}": float(iou[k]) for k, name in enumerate(names) if seen[k]}
+    return out | {f"IoU/{name}": float(iou[k]) for k, name in enumerate(names) if seen[k]}

@@ -14,7 +14,7 @@ from ...data.decode import Decoder
 from ..encoders import open_encoder
 from ..task import Batch, Task
 from .augment import Augment
-from .check import disagreements, infer_classes, look, sift
+from .check import disagreements, infer_classes, look, shortened, sift
 from .drawing import comparison
 from .labels import Labels, ignored_ids, known_classes
 from .layouts import Chosen, Layout, open_layout
@@ -34,6 +34,8 @@ class SegmentationTask(Task):
     headline: ClassVar[str] = "mIoU"
     recipe: SegmentationRecipe
     model: Segmenter
+    train: SegmentationSamples
+    test: SegmentationSamples
 
     def __init__(self, recipe: SegmentationRecipe) -> None:
         self.recipe, data = recipe, recipe.data
@@ -113,11 +115,11 @@ class SegmentationTask(Task):
     def facts(self) -> dict[str, Any]:
         return {
             "layout": self.layout,
-            "train_images": len(self.train),
-            "test_images": len(self.test),
+            "training images": len(self.train),
+            "test images": len(self.test),
             "classes": len(self.classes),
-            "ignored_ids": self.labels.ignore,
-            "remarks": self.said,
+            "remarks": "; ".join(self.said),
+            "fingerprint": f"{self.train.pairs.fingerprint}/{self.test.pairs.fingerprint}",
         }
 
     def _look(self, layout: Layout) -> tuple[Labels, list[Any]]:
@@ -133,8 +135,7 @@ class SegmentationTask(Task):
         if classes is None:
             classes, origin = infer_classes(seen, ignore), f"the ids in {len(seen.rows):,} training masks"
         labels = Labels(classes, ignore)
-        self.said.append(f"layout {layout.kind}: {len(train):,} training images, {len(layout.test):,} test images")
-        self.said.append(f"{len(classes)} classes from {origin}, ignored ids {sorted(ignore)}")
+        self.said.append(f"classes from {origin}, ignored ids: {shortened(labels.ignore)}")
         seen_test = look(layout.test, self.decoder, data.checked)
         pairs = []
         for part, looked, split in ((train, seen, "train"), (layout.test, seen_test, "test")):

@@ -316,6 +316,8 @@ class Fit:
             history=self.history,
             settings=settings,
         )
+        if line := task.export(self.result, self.out, metrics):
+            self.say(line)
         self.say(
             f"done in {duration(self.seconds)}: {task.headline} {metrics[task.headline]:.4g} after the last step; "
             f"numbers, {PREDICTIONS} and the model are in {self.out}"

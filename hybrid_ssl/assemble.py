@@ -161,7 +161,7 @@ def build_frozen(recipe: Recipe, student: Encoder, mean: list[float], std: list[
         try:
             with torch.random.fork_rng(devices=[]):  # the objectives' initial weights do not depend on it
                 size = cfg.height_width or recipe.native_size
-                encoder = load_frozen(cfg.weights, in_chans=recipe.data.channels, size=size)
+                encoder = load_frozen(cfg.weights, name=cfg.name, in_chans=recipe.data.channels, size=size)
         except ValueError as error:
             hint = f"; frozen.{name}.size resizes its views" if "image size" in str(error) else ""
             raise ValueError(f"frozen.{name}: {error}{hint}") from error
@@ -312,6 +312,15 @@ def build_groups(recipe: Recipe, pretrainer: Pretrainer) -> list[dict[str, Any]]
         return stem if decay is None else float(stem * decay ** (last - layer_ids[name]))
 
     return param_groups(recipe.optimizer, pretrainer.named_parameters(), rules, layer)
+
+
+def describe_origin(pretrainer: Pretrainer) -> list[str]:
+    """Where the weights came from that the run does not make itself, as lines."""
+    lines = list(pretrainer.student.origin)
+    for name, part in pretrainer.frozen.items():
+        assert isinstance(part, Frozen)
+        lines += [f"frozen {name}: {line.strip()}" for line in part.encoder.origin if part.cfg.weights]
+    return lines
 
 
 def describe_plan(pretrainer: Pretrainer) -> list[str]:

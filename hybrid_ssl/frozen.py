@@ -39,7 +39,9 @@ class FrozenSettings(Settings):
     of: Literal["teacher", "student"] | None = None
     """what is copied"""
     weights: str | None = None
-    """instead of a copy: a folder that an earlier run exported, or a timm model name for timm's weights"""
+    """instead of a copy: a timm model name for timm's weights, or whatever else `encoder.init` takes"""
+    name: str | None = None
+    """of weights in a checkpoint file: the timm model that they are for"""
     size: int | list[int] | None = None
     """of given weights: height and width in pixels to which views are resized for it; null: it sees them as they are"""
     after: Duration = "0 steps"
@@ -57,6 +59,8 @@ class FrozenSettings(Settings):
             raise ValueError("given weights stay as they are: leave out after, every and max_updates, or set `of`")
         if self.max_updates is not None and self.every is None:
             raise ValueError("max_updates needs `every`, the time between two updates")
+        if self.name is not None and self.weights is None:
+            raise ValueError("a copy is of the student's kind: name is for given `weights`")
         if self.size is not None and self.weights is None:
             raise ValueError("a copy sees the views as its original does: size is for given `weights`")
         if isinstance(self.size, list) and len(self.size) != 2 or min(self.height_width or (1, 1)) < 1:

@@ -21,6 +21,7 @@ from .assemble import (
     build_loader,
     build_pretrainer,
     check_labels,
+    describe_origin,
     describe_plan,
     lay_out,
     total_steps,
@@ -157,6 +158,7 @@ class Run:
         lines = [
             f"data: {self.source.describe()}",
             f"encoder: {self.recipe.encoder.name}, {size / 1e6:.1f} M parameters, on {machine}",
+            *describe_origin(self.pretrainer),
             *self.plan,
             f"batch: {run.batch_size} = {parts}",
             f"{self.lr_sentence}; {self.total} steps, {self.steps_per_epoch} an epoch",

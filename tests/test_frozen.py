@@ -242,7 +242,7 @@ def test_what_does_not_fit_the_objectives_is_named(tmp_path: Path) -> None:
     only = {"gram": {"view": "global", "mask": "block"}}
     with pytest.raises(ValueError, match="frozen.gram copies the teacher, but no objective has one: set of: student"):
         assemble(recipe_of({"gram": {"of": "teacher"}}, objectives=only))
-    with pytest.raises(ValueError, match="frozen.gram: encoder.name: timm .* has no model 'vit_tinny"):
+    with pytest.raises(ValueError, match="frozen.gram: encoder 'vit_tinny"):
         assemble(recipe_of({"gram": {"weights": "vit_tinny_patch16_224"}}))
 
 

@@ -95,6 +95,8 @@ def _create(cfg: EncoderSettings, in_chans: int, size: tuple[int, int], several:
     name = source if isinstance(source, str) else cfg.name
     if ":" not in name and not timm.is_model(name.split(".")[0]):
         raise ValueError(_unknown(name))
+    if ":" not in name:
+        _refuse_other_kind(cfg, name.split(".")[0])
     args: dict[str, Any] = {"num_classes": 0, "in_chans": in_chans} | cfg.args
     if cfg.drop_path:
         args["drop_path_rate"] = cfg.drop_path
@@ -110,10 +112,14 @@ def _create(cfg: EncoderSettings, in_chans: int, size: tuple[int, int], several:
         )
     except (TypeError, AssertionError, RuntimeError, FileNotFoundError) as error:
         raise ValueError(f"encoder: timm cannot build {name!r} with {args}: {error}") from error
-    own = model.pretrained_cfg["architecture"]
-    if cfg.name not in (cfg.init, name) and own != cfg.name.split(".")[0]:
-        raise ValueError(f"encoder.init {cfg.init!r} holds a {own}, not a {cfg.name}: set encoder.name={own}")
+    if ":" in name:
+        _refuse_other_kind(cfg, model.pretrained_cfg["architecture"])
     return model, lines
+
+
+def _refuse_other_kind(cfg: EncoderSettings, held: str) -> None:
+    if cfg.name not in (cfg.init, held) and cfg.name.split(".")[0] != held:
+        raise ValueError(f"encoder.init {cfg.init!r} holds a {held}, not a {cfg.name}: set encoder.name={held}")
 
 
 def _unknown(name: str) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 from torch import nn
 
+from ..encoder.official import SUFFIXES
 from .facts import LOCAL, CardFacts, is_public
 
 LICENCES = {
@@ -144,12 +146,16 @@ def _training(facts: CardFacts) -> str:
         "batch": f"{facts.batch_size:,}" if facts.batch_size else "",
         "wall time": f"{facts.seconds / 3600:.2f} h" if facts.seconds else "",
         "hardware": facts.hardware or "",
-        "started from": (facts.base_model if is_public(facts.base_model) else "an earlier run")
-        if facts.base_model
-        else "",
+        "started from": _start(facts.base_model) if facts.base_model else "",
     }
     lines = [f"| {name} | {_cell(value)} |" for name, value in rows.items() if value]
     return "\n".join(["## Training", "", "| | |", "|---|---|", *lines]) if lines else ""
+
+
+def _start(base_model: str) -> str:
+    if is_public(base_model):
+        return base_model
+    return "a checkpoint file" if Path(base_model).suffix in SUFFIXES else "an earlier run"
 
 
 def _numbers(facts: CardFacts, whose: str) -> str:

@@ -20,8 +20,8 @@ from ..objectives import objective_class
 from ..schedule import Ramp
 
 LOCAL = "local images"
-_PUBLIC = re.compile(r"(embedded:)?[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_FILE_SUFFIX = re.compile(r"\.(txt|tar|parquet|arrow|csv|jsonl?|zip|gz)\b", re.IGNORECASE)
+_PUBLIC = re.compile(r"((embedded|hf-hub):)?[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_FILE_SUFFIX = re.compile(r"\.(txt|tar|parquet|arrow|csv|jsonl?|zip|gz|pth|pt|bin|ckpt|safetensors)\b", re.IGNORECASE)
 _PLACE = re.compile(r"[/~\\]|[A-Za-z]:\\|\.\.?/|\w+://")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
 _PLACES = {"source", "test_source", "init"}  # keys of a recipe whose values may be folders
@@ -152,8 +152,13 @@ def _weight(value: float | Ramp) -> str:
 
 
 def _base_model(name: str, init: str | None) -> str | None:
-    """The Hub's name of timm's published weights, or the folder that the run started from."""
-    if init != "timm":
+    """The Hub's name of published weights, or the folder or file that the run started from."""
+    if init is None or Path(init).exists():
+        return init
+    if init.startswith("hf-hub:"):
+        return init.removeprefix("hf-hub:")
+    name = name if init == "timm" else init
+    if not timm.is_model(name.split(".")[0]):
         return init
     published = timm.get_pretrained_cfg(name)
     tag = f".{published.tag}" if published and "." not in name else ""

@@ -38,6 +38,7 @@ def load_weights(model: Any, weights: Weights) -> list[str]:
     head = f"{model.pretrained_cfg.get('classifier')}."
     own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(head)}
     state, changes = dict(weights.tensors), list[str]()
+    _check_size(own, weights)
     _check_rope(state, model, weights)
     _other_forms(state, own, changes)
     if "pos_embed" in state and "pos_embed" in own:
@@ -161,6 +162,16 @@ def _tables(state: dict[str, Tensor], own: Mapping[str, Tensor], model: nn.Modul
     changes.extend(f"{count} tables of relative positions resampled from {text}" for text, count in resized.items())
 
 
+def _check_size(own: Mapping[str, Tensor], weights: Weights) -> None:
+    """ValueError when width or depth differ: then nothing fits, and a list of it would not help."""
+    ours, theirs = _describe(own), _describe(weights.tensors)
+    if ours.rpartition(" and ")[0] != theirs.rpartition(" and ")[0]:  # another patch size is resampled
+        raise ValueError(
+            f"{weights.path} ({weights.system.name}) holds a {theirs}, the encoder is a {ours}: choose the timm model "
+            "of the file's size as encoder.name, or set encoder.args"
+        )
+
+
 def _check(state: dict[str, Tensor], own: Mapping[str, Tensor], model: nn.Module, weights: Weights) -> None:
     """ValueError unless the file's encoder and the model's are one."""
     missing = [name for name in own if name not in state]
@@ -186,8 +197,8 @@ def _check(state: dict[str, Tensor], own: Mapping[str, Tensor], model: nn.Module
     if problems:
         raise ValueError(
             f"{weights.path} ({weights.system.name}) does not fit the encoder, a {_describe(own)}; "
-            f"{'; '.join(problems)}. The file's is a {_describe(state)}: choose the timm model of this size as "
-            "encoder.name, or set or remove encoder.args: class_token, reg_tokens, init_values, qkv_bias, mlp_ratio"
+            f"{'; '.join(problems)}. Choose another encoder.name, or set or remove encoder.args, such as class_token, "
+            "reg_tokens, init_values, qkv_bias, mlp_ratio"
         )
 
 

@@ -323,6 +323,22 @@ def describe_origin(pretrainer: Pretrainer) -> list[str]:
     return lines
 
 
+def describe_start(recipe: Recipe, pretrainer: Pretrainer) -> list[str]:
+    """What is done with the weights of `encoder.init`, as lines; nothing for random ones."""
+    if recipe.encoder.init is None:
+        return []
+    hold, spec, given = recipe.optimizer.hold_encoder, pretrainer.spec, pretrainer.student.model.pretrained_cfg
+    lines = [f"the encoder is held for {hold}: heads, decoder and mask token learn first"] if hold else []
+    pairs = zip((*given["mean"], *given["std"]), (*spec.mean, *spec.std), strict=False)
+    if len(given["mean"]) == len(spec.mean) and any(abs(theirs - ours) > 0.01 for theirs, ours in pairs):
+        lines.append(
+            f"note: these weights know images with mean {list(given['mean'])} and std {list(given['std'])}, this run "
+            f"makes it {[round(v, 3) for v in spec.mean]} and {[round(v, 3) for v in spec.std]}: set data.mean and "
+            "data.std to the former to begin with unchanged features"
+        )
+    return lines
+
+
 def describe_plan(pretrainer: Pretrainer) -> list[str]:
     """The plan as lines: each pass with tokens and cost, and what sharing saves."""
     requested = [need for objective in pretrainer.parts.values() for need in objective.needs]

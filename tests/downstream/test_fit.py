@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[2]
 SMALL = (
     "run.length=7 steps", "run.batch_size=8", "run.workers=0", "run.threads=1", "run.evaluate_every=3 steps",
     "data.size=16", "data.limit=40", "data.test_limit=16", "optimizer.lr_per=null", "optimizer.lr=1e-3",
+    "export.verify=false",
 )  # fmt: skip
 
 

@@ -18,14 +18,17 @@ class Encoded(NamedTuple):
     architecture: str
     random: bool
     parameters: int
+    public: bool = False
+    """neither random nor from a folder: published weights, by their name or as a file"""
 
 
 def encoded(name: str, model: Any, random: bool) -> Encoded:
     """Describe an encoder; `name` as the user gave it, of which a path keeps its last two parts."""
     path = Path(name)
-    shown = "/".join(path.parts[-2:]) if path.is_dir() else name
+    shown = "/".join(path.parts[-2:]) if path.exists() else name
     size = sum(parameter.numel() for parameter in model.parameters())
-    return Encoded(shown.lstrip("/"), model.pretrained_cfg["architecture"], random, size)
+    public = not random and not path.is_dir()
+    return Encoded(shown.lstrip("/"), model.pretrained_cfg["architecture"], random, size, public)
 
 
 def write_results(

@@ -194,8 +194,8 @@ class Outcome:
             return ""
         before, now = self.numbers.get("before training"), self.numbers.get(network)
         gained = "" if before is None or now is None else f"k-NN {before:.3f} at the start -> {now:.3f} now; "
-        cka = f" (linear CKA {kept['linear CKA']:.2f})" if "linear CKA" in kept else ""
-        return f"{gained}features keep {kept['cosine']:.2f} cosine similarity to the start{cka}"
+        cka = f" (linear CKA {kept['linear CKA']:.3f})" if "linear CKA" in kept else ""
+        return f"{gained}features keep {kept['cosine']:.3f} cosine similarity to the start{cka}"
 
     def _build_probe(self) -> Probe:
         """The labelled probe of the recipe or of the data's own labels, else an unlabelled one."""

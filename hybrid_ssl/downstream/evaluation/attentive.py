@@ -1,9 +1,14 @@
 """Attentive probe: a learned query asks all patch tokens, and a linear layer classifies what it gets.
 
-As in I-JEPA's follow-ups, V-JEPA (arXiv 2404.08471) and CAPI (2502.08769): encoders without class token, or whose
-class token was trained for nothing, keep what they know in the patch tokens, and a mean over them loses it. One
-cross-attention with several heads, LayerNorm before and after it, AdamW, cosine schedule; V-JEPA's MLP behind the
-attention is left out, as in CAPI. The learning rate is chosen on held-out training images.
+As in V-JEPA (arXiv 2404.08471) and CAPI (2502.08769): encoders without class token, or whose class token was trained
+for nothing, keep what they know in the patch tokens, and a mean over them loses it. One cross-attention with several
+heads, LayerNorm before and after it, AdamW, cosine schedule; V-JEPA's MLP behind the attention is left out, as in
+CAPI. The learning rate is chosen on held-out training images.
+
+One query that is the same for all images needs no keys and values of single tokens: q . (K x) = (K^T q) . x, and a
+weighted sum of V x is V times the weighted sum of x. That is the same function for N * H * D instead of N * D * D
+multiplications. The LayerNorm's scale and shift are part of K and V, and a bias of the keys would cancel in the
+softmax.
 
 Shapes: b images, N patches, D width, H attention heads, d = D / H.
 """
@@ -12,13 +17,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import layer_norm
 
-from ...nn.attention import attend
 from ...optim import OptimizerSettings
 from .feed import Feed
 from .heads import Head, Trial, compete, seeded
 from .settings import AttentiveSettings
 from .work import Bench, Found, accuracies, held_out
+
+_NORMED = "tokens, normed"  # once for all heads that learn from a batch
 
 
 class AttentivePool(nn.Module):
@@ -26,23 +33,27 @@ class AttentivePool(nn.Module):
 
     def __init__(self, dim: int, heads: int, classes: int) -> None:
         super().__init__()
-        self.heads = heads
-        self.norm = nn.LayerNorm(dim)
-        self.query = nn.Parameter(0.02 * torch.randn(1, 1, dim))
-        self.kv = nn.Linear(dim, 2 * dim)
+        self.query = nn.Parameter(0.02 * torch.randn(heads, dim // heads))
+        self.key = nn.Parameter(dim**-0.5 * torch.randn(heads, dim // heads, dim))
+        self.value = nn.Linear(dim, dim)
         self.proj = nn.Linear(dim, dim)
-        self.out_norm = nn.LayerNorm(dim)
+        self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, classes)
 
     def forward(self, features: dict[str, Tensor]) -> Tensor:
-        k, v = (self._split(x) for x in self.kv(self.norm(features["tokens"])).chunk(2, dim=-1))  # [b, H, N, d]
-        q = self._split(self.query).expand(len(k), -1, -1, -1)  # [b, H, 1, d]
-        pooled = self.proj(attend(q, k, v).transpose(1, 2).flatten(2)).squeeze(1)  # [b, D]
-        logits: Tensor = self.head(self.out_norm(pooled))
+        if _NORMED not in features:
+            features[_NORMED] = layer_norm(features["tokens"], features["tokens"].shape[-1:])
+        logits: Tensor = self.head(self.norm(self.proj(self.pool(features[_NORMED]))))
         return logits
 
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+    def pool(self, x: Tensor) -> Tensor:
+        """Values that the query gets: [b, N, D] -> [b, D]."""
+        heads, width = self.query.shape
+        asked = torch.einsum("hd,hdc->ch", self.query, self.key) * width**-0.5  # [D, H]
+        weights = (x @ asked).softmax(1)  # [b, N, H]
+        seen = weights.transpose(1, 2) @ x  # [b, H, D]
+        value = self.value.weight.view(heads, width, -1)
+        return torch.einsum("bhc,hdc->bhd", seen, value).flatten(1) + self.value.bias
 
 
 def heads_of(dim: int, width: int) -> int:

@@ -55,7 +55,7 @@ class Embedder:
         if pooling == "cls" and getattr(model, "cls_token", None) is None:
             raise ValueError(f"{type(model).__name__} has no class token: set encoder.pooling to own or avg")
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: heads learn from what comes out
     def __call__(self, images: Tensor, wanted: Collection[Part]) -> dict[str, Tensor]:
         """uint8 [B, C, H, W] on any device -> what is wanted, float32 on this encoder's device."""
         x = self.normalise(images.to(self.device, non_blocking=True))

@@ -95,7 +95,7 @@ def fit(x: Tensor, labels: Tensor, classes: int, strength: float, cfg: LogisticS
         max_iter=cfg.iterations,
         max_eval=2 * cfg.iterations,
         tolerance_grad=1e-7 if exact else 1e-5,  # of the largest component; predictions stand long before
-        tolerance_change=0.0,
+        tolerance_change=1e-12 if exact else 1e-8,  # of the loss: what separates perfectly never ends
         history_size=20,
         line_search_fn="strong_wolfe",
     )

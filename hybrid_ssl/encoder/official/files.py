@@ -3,13 +3,14 @@
 A pickle can run any program while it is read, so files are read with torch's `weights_only` unpickler, which knows
 tensors and plain containers. Official files also hold the arguments of the run that made them: MAE's and DINO's an
 `argparse.Namespace`, SimMIM's a `yacs` node, OpenMMLab's a log of numpy numbers. These few names are answered by
-`Inert`, an empty dictionary that keeps nothing and calls nothing: safer than allowing the real classes, and none of
-these packages need be installed. A file with any other object is refused by its name.
+`Inert`, an object that keeps nothing and calls nothing: safer than allowing the real classes, and none of these
+packages need be installed. A file with any other object is refused by its name.
 """
 
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -21,9 +22,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".ckpt", ".safetensors")
+DICTIONARIES = ("yacs.config.CfgNode",)  # SimMIM, Swin
 INERT = (
     "argparse.Namespace",  # MAE, DINO, iBOT, MultiMAE
-    "yacs.config.CfgNode",  # SimMIM, Swin
     "mmengine.logging.history_buffer.HistoryBuffer",  # CMAE and other OpenMMLab files
     "numpy.core.multiarray._reconstruct",
     "numpy.core.multiarray.scalar",
@@ -36,17 +37,24 @@ _WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:module|_orig_mod|_fsdp_wrapped_module|_
 _NOT_MODELS = re.compile(r"(optim\w*|opt|\w*_optimizer|scaler|\w*sched\w*)\.", re.IGNORECASE)
 
 
-class Inert(dict[Any, Any]):
+class Inert:
     """Stands for an object that is not needed: takes any arguments and any state, and does nothing with them."""
 
     def __new__(cls, *args: Any) -> Inert:
         return super().__new__(cls)
 
     def __init__(self, *args: Any) -> None:
-        super().__init__()
+        return
 
     def __setstate__(self, state: Any) -> None:
         return
+
+
+class InertDictionary:
+    """The same for a dictionary of a package's own kind: torch fills plain ones only."""
+
+    def __new__(cls, *args: Any) -> Any:
+        return OrderedDict()
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -59,7 +67,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             tree: Any = load_file(path)
         else:
-            with torch.serialization.safe_globals([_stand_in(name) for name in INERT]):
+            stand_ins = [_stand_in(name, Inert) for name in INERT]
+            stand_ins += [_stand_in(name, InertDictionary) for name in DICTIONARIES]
+            with torch.serialization.safe_globals(stand_ins):
                 tree = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         raise ValueError(_refusal(path, str(error))) from error
@@ -72,9 +82,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return found
 
 
-def _stand_in(name: str) -> type:
+def _stand_in(name: str, kind: type) -> type:
     module, _, own = name.rpartition(".")
-    return type(own, (Inert,), {"__module__": module})
+    return type(own, (kind,), {"__module__": module})
 
 
 def _walk(tree: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:

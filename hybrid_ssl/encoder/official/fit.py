@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from timm.layers import resample_abs_pos_embed, resample_patch_embed, resize_rel_pos_bias_table
 from timm.models import adapt_input_conv
+from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
 from .weights import Weights, summary
@@ -52,6 +53,9 @@ def load_weights(model: Any, weights: Weights) -> list[str]:
     lines = [
         f"weights: {weights.path.name} ({weights.system.name}{taken}): all {len(own)} tensors of the encoder found"
     ]
+    eps = weights.system.swin_eps
+    if eps is not None and isinstance(model, SwinTransformer) and model.norm.eps != eps:
+        changes.append(f"norms with eps {model.norm.eps} instead of {eps}, outputs differ in the 5th digit")
     if changes:
         lines.append(f"  changed: {'; '.join(changes)}")
     if weights.ignored or extra:

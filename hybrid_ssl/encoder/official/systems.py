@@ -32,7 +32,7 @@ class System:
         parts: words for its encoders, the one that the authors publish results with first.
         renames: (pattern, replacement), in order, for names behind the way to the encoder.
         ignored: pattern of what is left out on purpose.
-        swin_norm: timm's `norm_layer` for its Swin, if not timm's own.
+        swin_eps: of the norms of its Swin, if not timm's, which timm cannot change.
         mean, std: per channel in 0..1, what images were normalised with; ImageNet's for all but BEiT.
     """
 
@@ -41,7 +41,7 @@ class System:
     parts: tuple[str, ...] = ()
     renames: Names = ()
     ignored: str = r"head\..*|mask_token"
-    swin_norm: str | None = None
+    swin_eps: float | None = None
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
@@ -132,7 +132,7 @@ SYSTEMS = (
         (r"(^|\.)masked_embed$",),
         parts=("teacher", "student"),
         ignored=r"head\..*|masked_embed",
-        swin_norm="layernorm",  # timm's word for eps 1e-6; the others' Swin has 1e-5
+        swin_eps=1e-6,
     ),
     System(  # github.com/microsoft/unilm/tree/master/beit, beit2
         "BEiT",

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from timm.models.beit import Beit
 from timm.models.eva import Eva
-from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -48,17 +47,16 @@ class Weights:
         for theirs, ours, present, absent in _FEATURES.get(type(plain), ()):
             if (theirs in self.tensors) != (ours in own):
                 args |= present if theirs in self.tensors else absent
-        tokens = self.tensors.get("reg_token")
-        registers = 0 if tokens is None else tokens.shape[1]
-        if isinstance(plain, VisionTransformer | Eva) and registers != plain.num_reg_tokens:
+        registers, there = (
+            0 if "reg_token" not in names else names["reg_token"].shape[1] for names in (self.tensors, own)
+        )
+        if isinstance(plain, VisionTransformer | Eva) and registers != there:
             key = "reg_tokens" if isinstance(plain, VisionTransformer) else "num_reg_tokens"
             args |= {key: registers} | ({"no_embed_class": True} if registers else {})
         if isinstance(plain, VisionTransformer):
             args |= self._vit_norms(own, args)
         if isinstance(plain, Eva) and "q_bias" not in str([*own]) and self._has_bias():
             args["qkv_bias"] = True
-        if isinstance(plain, SwinTransformer) and self.system.swin_norm:
-            args["norm_layer"] = self.system.swin_norm
         return args
 
     def _vit_norms(self, own: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,7 +122,7 @@ def read_weights(path: Path, part: str | None = None) -> Weights:
     for key, tensor in tensors.items():
         name = key.removeprefix(way)
         if not key.startswith(way) or re.fullmatch(f"{BUFFERS}|{system.ignored}", _renamed(name, system)):
-            ignored.append(key)
+            ignored.append(re.sub(r"^(model|state_dict)\.", "", key))
         else:
             chosen[_renamed(name, system)] = tensor
     others = tuple(_word(other) for other in ways if other != way)

@@ -54,7 +54,8 @@ def double(state: State) -> State:
 def assert_equal(encoder: Encoder, expected: Tensor, size: int = 16, tolerance: float = 1e-10) -> None:
     tokens = encoder.model.forward_features(images(size)).flatten(1, -2)
     torch.testing.assert_close(tokens, expected, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(encoder(images(size)).patches, expected[:, -encoder(images(size)).patches.shape[1] :])
+    found = encoder(images(size)).patches
+    torch.testing.assert_close(found, expected[:, -found.shape[1] :], rtol=tolerance, atol=tolerance)
 
 
 def wrapped(system: str, own: State, other: State) -> dict[str, Any]:

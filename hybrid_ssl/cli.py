@@ -60,6 +60,23 @@ def evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
+def results(args: argparse.Namespace) -> int:
+    """Put the numbers of evaluations and fine-tunings side by side, over seeds: Markdown, a picture and JSON."""
+    from .downstream.tables import write_tables
+
+    table = write_tables([Path(folder) for folder in args.folders], Path(args.out))
+    print("\n".join([*table.remarks, f"{len(table.rows)} rows: {args.out}/table.md, table.png and table.json"]))
+    return 0
+
+
+def predict(args: argparse.Namespace) -> int:
+    """Draw what a fine-tuned model finds on images: labels, boxes, masks or classes of pixels."""
+    from .downstream.predict import predict as run
+
+    print(run(args.model, args.images, Path(args.out), device=args.device, split=args.split))
+    return 0
+
+
 def anomaly(args: argparse.Namespace) -> int:
     """Learn what is normal from a folder of good pictures, and score those of another folder."""
     from .anomaly import find_anomalies
@@ -146,6 +163,19 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--out", help="folder for results and features (default: runs/evaluate)")
     command.add_argument("--cache", help="folder for features that several evaluations share; default: in OUT")
     command.add_argument("--seed", type=int, help="of random weights, heads and held-out images")
+
+    command = commands.add_parser("results", help="put numbers side by side", description=results.__doc__)
+    command.set_defaults(run=results)
+    command.add_argument("folders", metavar="FOLDER", nargs="+", help="searched for results.json, at any depth")
+    command.add_argument("--out", default="tables", help="folder for table.md, table.png and table.json")
+
+    command = commands.add_parser("predict", help="run a fine-tuned model on images", description=predict.__doc__)
+    command.set_defaults(run=predict)
+    command.add_argument("model", metavar="MODEL", help="a fine-tuning run's folder, or its `model` folder")
+    command.add_argument("images", metavar="IMAGES", nargs="+", help="image files, or a folder, list or data set")
+    command.add_argument("--out", default="predictions", help="a new folder")
+    command.add_argument("--split", default="train", help="of a data set, or of a folder with train, val, test")
+    command.add_argument("--device", default="auto", help="default: a GPU if there is one")
 
     command = commands.add_parser(
         "anomaly", help="score pictures by how abnormal they are", description=anomaly.__doc__

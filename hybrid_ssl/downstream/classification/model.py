@@ -30,6 +30,7 @@ class Classifier(nn.Module):
         encoder: timm model with a classifier for `classes`.
         mean, std: per channel in 0..1.
         size, crop: how `predict` cuts the centre, as `samples.centre`.
+        value_range: of the images' numbers in training; None: that of their type.
     """
 
     def __init__(
@@ -40,8 +41,10 @@ class Classifier(nn.Module):
         std: Sequence[float],
         size: tuple[int, int],
         crop: float,
+        value_range: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
+        self.value_range = value_range
         self.encoder, self.classes, self.size, self.crop = encoder, list(classes), size, crop
         self.normalise = Normalise(mean, std)
 
@@ -104,9 +107,10 @@ def add_head(
 def restore(config: dict[str, Any]) -> Classifier:
     """A classifier with random weights, of `ClassificationTask.config()`."""
     size = (config["size"][0], config["size"][1])
-    return Classifier(
-        rebuild(config["encoder"]), config["classes"], config["mean"], config["std"], size, config["crop"]
-    )
+    span = config["value_range"]
+    again, mean, std = config["encoder"], config["mean"], config["std"]
+    value_range = (span[0], span[1]) if span else None
+    return Classifier(rebuild(again), config["classes"], mean, std, size, config["crop"], value_range)
 
 
 def _check_pool(model: Any, pool: str) -> None:

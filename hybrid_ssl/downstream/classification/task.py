@@ -53,9 +53,9 @@ class ClassificationTask(Task):
             encoder.requires_grad_(False)
             encoder.get_classifier().requires_grad_(True)
         self.mean, self.std = opened.mean, opened.std
-        self.model = Classifier(encoder, self.classes, self.mean, self.std, size, data.crop)
-        span = data.value_range
-        decode = Decoder(len(self.mean), (span[0], span[1]) if span else None, data.max_megapixels)
+        span = (data.value_range[0], data.value_range[1]) if data.value_range else None
+        self.model = Classifier(encoder, self.classes, self.mean, self.std, size, data.crop, span)
+        decode = Decoder(len(self.mean), span, data.max_megapixels)
         augment = Augment(recipe.augment, size, self.mean, self.std)
         self.parts = parts
         self.train, self.test = (
@@ -98,6 +98,7 @@ class ClassificationTask(Task):
             "classes": self.classes,
             "size": list(data.height_width),
             "crop": data.crop,
+            "value_range": data.value_range,
             "mean": self.mean,
             "std": self.std,
             "encoder": self._again,

@@ -74,7 +74,9 @@ def test_random_weights_differ_from_the_stored_and_repeat(encoders: dict[str, Pa
 def test_restored_classifier_answers_the_same(encoders: dict[str, Path], family: str) -> None:
     model, again = built(encoders[family], "avg" if family == "vit" else None, std=1.0)
     told = {"classes": CLASSES, "size": [16, 16], "crop": 1.0, "mean": [0.0] * 3, "std": [1.0] * 3, "encoder": again}
+    told["value_range"] = [0.0, 1.0]
     other = restore(told)
+    assert other.value_range == (0.0, 1.0)
     other.load_state_dict(model.state_dict(), strict=True)
     image = torch.randint(0, 256, (3, 30, 21)).byte()
     found = other.eval().predict(image)

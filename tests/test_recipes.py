@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -90,7 +91,8 @@ def reduced(path: Path) -> Recipe:
     small = SMALL_ENCODER[full.encoder.name.split("_")[0]]
     changes += [f"encoder.args.{change}" for change in small]
     if full.encoder.init is not None:  # weights that would be downloaded
-        changes += [f"encoder.init={shared_start(full.encoder.name, *small)}"]
+        own = [f"{name}={json.dumps(value)}" for name, value in full.encoder.args.items()]
+        changes += [f"encoder.init={shared_start(full.encoder.name, *own, *small)}"]
     unit = 14 if "patch14" in full.encoder.name else 1
     sides = {name: SMALL_SIDE[view.height_width[0]] // unit * unit for name, view in full.views.items()}
     changes += [f"views.{name}.size={side}" for name, side in sides.items()]
@@ -124,7 +126,7 @@ def loader_of(recipe: Recipe, pretrainer: Pretrainer) -> Loader:
 
 def test_the_promised_recipes_are_there() -> None:
     hybrids = {"mae_mocov3_vitb", "mae_dino_vitb", "simmim_mocov3_swinb"}
-    continued = {"continue_ibot_vitb", "continue_mae_vitb", "continue_dinov2_vits"}
+    continued = {"continue_ibot_vitb", "continue_mae_vitb", "continue_dinov2_vits", "continue_quickstart"}
     assert PUBLISHED.keys() | hybrids | continued | {"quickstart", "fashion_mnist"} <= {path.stem for path in RECIPES}
 
 

@@ -168,7 +168,9 @@ def _tables(state: dict[str, Tensor], own: Mapping[str, Tensor], model: nn.Modul
 
 def _check_size(own: Mapping[str, Tensor], weights: Weights) -> None:
     """ValueError when width or depth differ: then nothing fits, and a list of it would not help."""
-    ours, theirs = _describe(own), _describe(weights.tensors)
+    stem, ours, theirs = weights.tensors.get("patch_embed.proj.weight"), _describe(own), _describe(weights.tensors)
+    if stem is None or stem.ndim != 4:
+        return  # `_check` names it
     if ours.rpartition(" and ")[0] != theirs.rpartition(" and ")[0]:  # another patch size is resampled
         raise ValueError(
             f"{weights.path} ({weights.system.name}) holds a {theirs}, the encoder is a {ours}: choose the timm model "

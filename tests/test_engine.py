@@ -28,13 +28,14 @@ from hybrid_ssl.config import Recipe
 from hybrid_ssl.data.sources import open_source
 from hybrid_ssl.engine import StopSignal, agreed, is_sharded, read_state, write_state
 from hybrid_ssl.nn.distributed import rank
-from hybrid_ssl.optim import build_optimizer, clip_gradients, set_step
+from hybrid_ssl.optim import build_optimizer, clip_gradients, drop_held, set_step
 from hybrid_ssl.plan import Batch, Progress
 from hybrid_ssl.pretrainer import Pretrainer
 from hybrid_ssl.schedule import value_at
 from hybrid_ssl.train import Run
 from tests.ranks import run_two_ranks
-from tests.runs import SWIN, losses, pretrain, recipe_data, tiny_recipe, write_recipe
+from tests.runs import SWIN, VIT, losses, pretrain, recipe_data, tiny_recipe, write_recipe
+from tests.tiny_encoder import shared_start
 
 ROOT = Path(__file__).parents[1]
 VIEWS = {"local": {"size": 16, "crops": 2}}  # as large as the others: timm resamples positions in float32
@@ -45,8 +46,16 @@ CASES["simmim on Swin"] = {
 }
 
 
+CASES["ibot, encoder held"] = {"objectives": "ibot", "optimizer": {"hold_encoder": "3 steps"}}
+CASES["encoder held"] = {"objectives": "mae+moco_v3", "optimizer": {"hold_encoder": "1 steps"}}
+
+
 def case(name: str) -> Recipe:
-    return tiny_recipe(**({"views": VIEWS, "run": {"length": "5 steps"}} | CASES[name]))
+    sections: dict[str, Any] = {"views": VIEWS, "run": {"length": "5 steps"}} | CASES[name]
+    if name.endswith("held"):
+        start = shared_start(VIT["name"], *(f"{key}={value}" for key, value in VIT["args"].items()))
+        sections["encoder"] = {"init": start, "drop_path": 0.2}
+    return tiny_recipe(**sections)
 
 
 def train_with_engine() -> dict[str, Any]:
@@ -107,7 +116,7 @@ def sharded_parts(recipe: Recipe) -> tuple[Pretrainer, torch.optim.Optimizer, It
 
 def train_sharded() -> dict[str, Tensor]:
     """Three steps with `fully_shard` (with one process: without), saved and loaded into other weights after two."""
-    recipe = case("mae+moco_v3")
+    recipe = case("encoder held")  # in the first step
     pretrainer, optimizer, batches = sharded_parts(recipe)
 
     def step(number: int) -> None:
@@ -115,6 +124,7 @@ def train_sharded() -> dict[str, Tensor]:
         set_step(recipe.optimizer, optimizer, 1e-3, now)
         pretrainer(next(batches), now)[0].backward()
         norm = clip_gradients(recipe.optimizer.clip, [[p for p in pretrainer.parameters() if p.requires_grad]])
+        drop_held(optimizer, now)
         optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
         optimizer.step()
         optimizer.zero_grad()

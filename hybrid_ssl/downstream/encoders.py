@@ -61,7 +61,9 @@ def open_encoder(
         model = load_encoder(cfg.name, size=(height, width), pretrained=not cfg.random, dynamic=dynamic, **args)
     if dynamic:  # dense tasks read maps: what only pools them would get no gradient
         for name in ("fc_norm", "attn_pool", "head"):
-            getattr(model, name, nn.Identity()).requires_grad_(False)
+            part = getattr(model, name, None)  # timm sets attn_pool to None where there is none
+            if part is not None:
+                part.requires_grad_(False)
     if cfg.frozen:
         model.requires_grad_(False)
     mean, std = mean_std(model)
@@ -129,9 +131,11 @@ def dense_maps(encoder: Any, images: Tensor, taps: Taps) -> list[Tensor]:
     unit = max(taps.strides)
     height, width = images.shape[-2:]
     images = torch.nn.functional.pad(images, (0, -width % unit, 0, -height % unit))
-    maps: list[Tensor] = encoder.forward_intermediates(
-        images, indices=list(taps.indices), output_fmt="NCHW", intermediates_only=True, norm=len(set(taps.strides)) == 1
+    depths = sorted(set(taps.indices))  # a ViT of fewer than four blocks is read twice at some
+    read = encoder.forward_intermediates(
+        images, indices=depths, output_fmt="NCHW", intermediates_only=True, norm=len(set(taps.strides)) == 1
     )
+    maps: list[Tensor] = [read[depths.index(i)] for i in taps.indices]
     if len(set(taps.strides)) > 1:
         norm = encoder.norm  # timm norms none of a Swin's maps; the last stage's norm is trained and stays in use
         maps[-1] = norm(maps[-1].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

@@ -150,6 +150,22 @@ def test_published_weights_that_a_run_started_from_are_named() -> None:
     assert card(facts)[0]["base_model"] == facts.base_model
 
 
+@pytest.mark.parametrize(
+    ("init", "base_model", "spoken"),
+    [
+        ("vit_tiny_patch16_224.augreg_in21k", "timm/vit_tiny_patch16_224.augreg_in21k", None),
+        ("hf-hub:user/encoder", "user/encoder", None),
+        ("mae_pretrain_vit_tiny.pth", None, "a checkpoint file"),
+        ("/home/lovelace/dino.pth", None, "a checkpoint file"),
+        ("/home/lovelace/old", None, "an earlier run"),
+    ],
+)
+def test_card_says_what_a_run_started_from(init: str, base_model: str | None, spoken: str | None) -> None:
+    header, body = card(facts_of(recipe(init=init), network="student", step=1, steps_per_epoch=1))
+    assert header.get("base_model") == base_model
+    assert f"| started from | {base_model or spoken} |" in body
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_names_its_paper(name: str) -> None:
     method = method_of(name)

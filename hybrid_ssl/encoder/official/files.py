@@ -67,7 +67,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             tree: Any = load_file(path)
         else:
-            stand_ins = [_stand_in(name, Inert) for name in INERT]
+            stand_ins: list[Any] = [_stand_in(name, Inert) for name in INERT]
             stand_ins += [_stand_in(name, InertDictionary) for name in DICTIONARIES]
             with torch.serialization.safe_globals(stand_ins):
                 tree = torch.load(path, map_location="cpu", weights_only=True)

@@ -123,7 +123,7 @@ class LogisticSettings(Settings):
     """L2 penalties: mean cross-entropy + strength / 2 x |W|^2, on features whose mean square is 1"""
     held_out: float = Field(0.1, gt=0, lt=1)
     """share of each class' training images on which the strength is chosen; then all are fitted"""
-    iterations: int = Field(500, ge=1)
+    iterations: int = Field(200, ge=1)
     """of L-BFGS at most"""
     precision: Literal["float32", "float64"] = "float64"
 

@@ -54,7 +54,6 @@ def test_linear_says_what_was_chosen_without_the_test_images(done: Path) -> None
     found = json.loads((done / "linear/results.json").read_text())
     chosen = found["chosen"]
     assert chosen["sweep"]["lr"] in (0.01, 1.0) and chosen["mae"]["lr"] in (10.0, 100.0)
-    assert min(found["metrics"][f"{kind}/top1"] for kind in ("sweep", "mae")) > 0.4
     assert 0 < chosen["sweep"]["held_out"] <= 1 and chosen["sweep"]["features"].startswith("block1")
 
 
@@ -143,7 +142,8 @@ def test_what_is_wrong_ends_in_one_sentence_and_code_2(
 ) -> None:
     vit, out = encoders["vit"], tmp_path / "out"
     picture = Image.new("RGB", (8, 8))
-    for place in ("single/train/only", "single/test/only", "plain", "other/train/a", "other/train/b", "other/test/c"):
+    other = ("other/train/a", "other/train/b", "other/test/c", "other/test/d")
+    for place in ("single/train/only", "single/test/only", "plain", *other):
         (tmp_path / place).mkdir(parents=True)
         for name in ("1.png", "2.png"):
             picture.save(tmp_path / place / name)
@@ -157,7 +157,7 @@ def test_what_is_wrong_ends_in_one_sentence_and_code_2(
         ([vit, "--data", tmp_path / "plain"], "no test set"),
         ([vit, "--data", tmp_path / "plain", "data.hold_out=0.2"], "needs labels"),
         ([vit, "--data", tmp_path / "single"], "needs labels"),
-        ([vit, "--data", tmp_path / "other"], "c instead of a, b"),
+        ([vit, "--data", tmp_path / "other"], "c, d instead of a, b"),
         ([vit, "--data", data, "data.channels=13"], "channel"),
         ([encoders["swin"], "--data", data, "encoder.pooling=cls"], "class token"),
     ]
@@ -199,17 +199,21 @@ def test_features_are_called_after_the_weights() -> None:
     assert digest(a) != digest(b)
 
 
-def test_maes_head_normalises_with_the_batch_and_remembers_for_the_test() -> None:
-    head = seeded(lambda: Linear(("pooled",), 4, 3, True), 0)
-    assert not list(head.norm.parameters()) and 0.002 < head.head.weight.std() < 0.05  # type: ignore[operator, union-attr]
-    trained = Head(head, OptimizerSettings(name="lars", lr=10.0, lr_per=None, weight_decay=0.0), 8, torch.device("cpu"))
-    x, labels = 100 * torch.randn(8, 4) + 7, torch.arange(8) % 3
-    before = head.head.weight.detach().clone()  # type: ignore[union-attr]
-    trained.step({"pooled": x}, labels, Progress(0, 10, 10))
-    moved = float((head.head.weight.detach() - before).norm() / before.norm())  # type: ignore[operator, union-attr]
+def test_maes_head_normalises_and_learns_by_steps_relative_to_its_weights() -> None:
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.arange(36) % 3
+    x = {"pooled": 1000 * (torch.randn(36, 8, generator=draw) + 3 * torch.eye(3, 8)[labels]) + 7}
+    module = seeded(lambda: Linear(("pooled",), 8, 3, True), 0)
+    assert isinstance(module.norm, nn.BatchNorm1d) and not list(module.norm.parameters())
+    weight = module.get_parameter("head.weight")
+    head = Head(module, OptimizerSettings(name="lars", lr=10.0, lr_per=None, weight_decay=0.0), 36, torch.device("cpu"))
+    before = weight.detach().clone()
+    head.step(x, labels, Progress(0, 40, 1))
+    moved = float((weight.detach() - before).norm() / before.norm())
     assert moved == pytest.approx(10.0 * 0.001, rel=1e-4)  # LARS: lr x trust, whatever the gradient
-    assert isinstance(head.norm, nn.BatchNorm1d)
-    assert torch.equal(head.norm.num_batches_tracked, torch.tensor(1))
+    for step in range(1, 40):
+        head.step(x, labels, Progress(step, 40, 1))
+    assert (head.predict(x) == labels).float().mean() > 0.9  # with the averages over the batches
 
 
 def test_attentive_pooling_is_attention_with_keys_and_values_of_every_token() -> None:

@@ -14,6 +14,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -77,6 +78,8 @@ class RandAugment:
             made: list[Any] = [rand_augment_transform(words, {"img_mean": colour}) for colour in colours]
         except (AssertionError, ValueError, KeyError) as problem:
             raise ValueError(f"augment.rand_augment: {words!r} is not like rand-m9-mstd0.5-inc1 ({problem})") from None
+        for op in (op for each in made for op in each.ops if op.name.startswith("Posterize")):
+            op.level_fn = partial(_some_bits, op.level_fn)
         self.count = made[0].num_layers
         names = [op.name for op in made[0].ops]
         kept = [i for i, name in enumerate(names) if self.whole or name in _GEOMETRIC]
@@ -110,6 +113,11 @@ def erase(image: Tensor, mean: Sequence[float], std: Sequence[float], rng: Rando
             image[:, top : top + h, left : left + w] = noise.round_().clamp_(0, 255).to(torch.uint8)
             return image
     return image
+
+
+def _some_bits(level_fn: Callable[..., tuple[int]], level: float, hparams: Any) -> tuple[int]:
+    """timm asks for 0 bits at the strongest levels: a black picture once, an error of newer Pillows."""
+    return (max(1, level_fn(level, hparams)[0]),)
 
 
 def _to_pictures(image: Tensor, whole: bool) -> list[Image.Image]:

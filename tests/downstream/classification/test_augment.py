@@ -49,6 +49,15 @@ def test_each_operation_is_timms() -> None:
             assert np.array_equal(found, np.array(other(image)))
 
 
+@pytest.mark.parametrize("words", [WORDS, "rand-m1", "rand-m10-mstd5-inc1"])
+def test_no_strength_breaks_an_operation(words: str) -> None:
+    image = Image.fromarray(picture(3, side=8).permute(1, 2, 0).numpy())
+    for (apply,) in RandAugment(words, [127.5] * 3).ops:
+        for seed in range(40):
+            with _lent_stream(seed):
+                assert apply(image).size == image.size
+
+
 def test_many_channels_are_moved_alike_and_never_recoloured() -> None:
     one = picture(1)
     made = RandAugment(WORDS, [100.0] * 5)

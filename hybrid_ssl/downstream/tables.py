@@ -61,7 +61,7 @@ class Number(NamedTuple):
     mean: float
     spread: float | None
     """sample standard deviation; None for one seed"""
-    count: int
+    seeds: int
 
 
 class Row(NamedTuple):
@@ -166,7 +166,7 @@ def number_text(number: Number | None) -> str:
     if number is None:
         return ""
     spread = "" if number.spread is None else f" ± {number.spread:.3f}"
-    return f"{number.mean:.3f}{spread} ({number.count})"
+    return f"{number.mean:.3f}{spread} ({number.seeds})"
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def test_means_and_spreads_are_over_seeds(tmp_path: Path) -> None:
     assert "| **top1** | **0.520 ± 0.035 (3)** | **0.850 ± 0.050 (3)** | **0.950 (1)** |" in text
     assert "class/cat" not in text and "mean_class" in text and "train 60, test 12" in text
     columns = as_json(found)["rows"][0]["columns"]
-    assert columns[1]["metrics"]["class/cat"] == {"mean": 1.0, "spread": 0.0, "count": 3}
+    assert columns[1]["metrics"]["class/cat"] == {"mean": 1.0, "spread": 0.0, "seeds": 3}
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_a_repeated_seed_and_problems_of_the_data_are_told(tmp_path: Path) -> No
     add(tmp_path / "a", 0.8, data=FACTS | {"problems": ["2 images without label are left out"]})
     add(tmp_path / "b", 0.7, data=FACTS | {"problems": ["2 images without label are left out"]})
     found = table(tmp_path)
-    assert found.rows[0].cells["pretrained", "runs/vit"]["top1"].count == 1
+    assert found.rows[0].cells["pretrained", "runs/vit"]["top1"].seeds == 1
     assert any("seed 0 is there twice, the newer one counts" in remark for remark in found.remarks)
     assert any("2 images without label" in remark for remark in found.remarks)
 

@@ -178,9 +178,7 @@ def test_run_folder_is_taken_for_its_newest_export_if_it_is_of_the_kind() -> Non
     encoder = build_encoder(cfg, in_chans=3, sizes={"v": (32, 32)})
     saved = load_file(export / "model.safetensors")["blocks.0.attn.qkv.weight"]
     assert torch.equal(encoder.model.blocks[0].attn.qkv.weight, saved) and "local-dir:" in encoder.origin[0]
-    with pytest.raises(
-        ValueError, match="holds a vit_tiny_patch16_224, not a vit_small_.*: set encoder.name="
-    ):
+    with pytest.raises(ValueError, match="holds a vit_tiny_patch16_224, not a vit_small_.*: set encoder.name="):
         other = EncoderSettings(name="vit_small_patch16_224", init=str(export.parent))
         build_encoder(other, in_chans=3, sizes={"v": (32, 32)})
 

@@ -8,9 +8,10 @@ segmentation, each gets a LayerNorm of its own (the last one has the encoder's).
 in BEiT (arXiv 2106.08254) and MAE, which have patches of 16 pixels, they are brought to strides 4, 8, 16, 32 by
 transposed convolutions and max pooling, here from any patch size.
 
-Norms. A forward pass holds few images of 512 pixels, and with gradient accumulation or several processes BatchNorm's
-result depends on how the batch is divided. GroupNorm's (arXiv 1803.08494, 16 channels a group as there) does not, and
-is therefore the default; the papers used BatchNorm over all processes, which `norm: batch` is.
+Norms. `batch` is BatchNorm over the images of all processes, as in the papers, on any device; gradient accumulation
+alone changes it. `group` (arXiv 1803.08494, 16 channels a group as there) depends on no batch at all, but learns
+more slowly: tokens of a ViT have a large part in common, which BatchNorm takes off every channel and GroupNorm does
+not. Overfitting some scenes of 128 pixels for 150 steps, batch reached 0.26 mIoU and group 0.09.
 
 Shapes: B images, D channels of a map, h x w its sides (rounded up), K classes.
 """

@@ -64,9 +64,9 @@ class SegmentationModel(Settings):
     pyramid over four maps"""
     channels: int = Field(512, ge=16)
     """width of UPerNet"""
-    norm: Literal["group", "batch"] = "group"
-    """UPerNet's. `group`: nothing depends on the batch, its division or the number of processes; `batch`: over all
-    processes' images of a forward pass, as published"""
+    norm: Literal["batch", "group"] = "batch"
+    """UPerNet's. `batch`: over all processes' images of a forward pass, as published; `group`: nothing depends on the
+    batch or its division, for forward passes of one or two images; it learns more slowly"""
     dropout: float = Field(0.1, ge=0, lt=1)
     """of whole channels before the classifier"""
     auxiliary: float = Field(0.4, ge=0)

@@ -11,7 +11,10 @@ Shapes: B images, C channels, N patches, D width.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Collection, Sequence
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -54,6 +57,11 @@ class Embedder:
         self.tokenwise = hasattr(model, "num_prefix_tokens")  # a ViT: tokens and prefix, instead of maps
         if pooling == "cls" and getattr(model, "cls_token", None) is None:
             raise ValueError(f"{type(model).__name__} has no class token: set encoder.pooling to own or avg")
+
+    @cached_property
+    def digest(self) -> str:
+        """Differs when the weights do."""
+        return digest(self.model)
 
     @torch.no_grad()  # not inference_mode: heads learn from what comes out
     def __call__(self, images: Tensor, wanted: Collection[Part]) -> dict[str, Tensor]:
@@ -100,3 +108,13 @@ class Embedder:
                 "or retrieval with encoder.pooling=own"
             )
         return self.model.forward_intermediates(x, indices=min(BLOCKS, len(self.model.feature_info)), **options)
+
+
+def digest(model: torch.nn.Module) -> str:
+    """Of all weights and buffers, of the class and its arguments."""
+    out = hashlib.blake2b(repr(model.__class__).encode(), digest_size=16)
+    out.update(json.dumps(getattr(model, "_model_args", {}), sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        out.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        out.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return out.hexdigest()

@@ -69,20 +69,10 @@ class Pass:
         facts = {"part": part, "shape": self.shape, **self.facts}
         if part != "pixels":
             encoder = self.embedder
-            facts |= {"weights": digest(encoder.model), "pooling": encoder.pooling, "precision": encoder.precision}
+            facts |= {"weights": encoder.digest, "pooling": encoder.pooling, "precision": encoder.precision}
             facts |= {"mean_std": [encoder.normalise.mean.flatten().tolist(), encoder.normalise.std.flatten().tolist()]}
         text = json.dumps(facts, sort_keys=True).encode()
         return f"{part}-{hashlib.blake2b(text, digest_size=10).hexdigest()}"
-
-
-def digest(model: torch.nn.Module) -> str:
-    """Of all weights and buffers, and of the code path that reads them."""
-    out = hashlib.blake2b(repr(model.__class__).encode(), digest_size=16)
-    out.update(json.dumps(getattr(model, "_model_args", {}), sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        out.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        out.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return out.hexdigest()
 
 
 def features(how: Pass, wanted: Collection[Part], cache: Path) -> dict[str, Split]:
@@ -192,8 +182,8 @@ def _read(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, list[Br
         broken = json.loads((folder / _FACTS).read_text())
     except (OSError, ValueError, SafetensorError):
         return None
-    split_of = {split: {} for split in SPLITS}  # type: dict[str, dict[str, Tensor]]
+    split_of: dict[str, dict[str, Tensor]] = {split: {} for split in SPLITS}
     for name, tensor in tensors.items():
         split, _, rest = name.partition(".")
-        split_of[split][rest] = tensor
+        split_of[split][rest] = tensor.clone()  # rows drawn at random from the mapped file would wait for the disk
     return split_of, {split: [Broken(*each) for each in broken[split]] for split in SPLITS}

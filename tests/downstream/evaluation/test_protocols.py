@@ -12,8 +12,7 @@ from torch import nn
 
 from hybrid_ssl.downstream.evaluation import features
 from hybrid_ssl.downstream.evaluation.attentive import AttentivePool, heads_of
-from hybrid_ssl.downstream.evaluation.embed import Embedder
-from hybrid_ssl.downstream.evaluation.features import digest
+from hybrid_ssl.downstream.evaluation.embed import Embedder, digest
 from hybrid_ssl.downstream.evaluation.heads import Head, seeded
 from hybrid_ssl.downstream.evaluation.linear import Linear
 from hybrid_ssl.downstream.evaluation.run import evaluate as run

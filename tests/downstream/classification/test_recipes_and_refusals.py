@@ -1,4 +1,4 @@
-"""The recipes carry the papers' numbers and run; data that cannot be learned from ends in a sentence and exit code 2."""
+"""The recipes carry the papers' numbers and run; data that cannot be learned from ends in a sentence and exit code."""
 
 from __future__ import annotations
 

@@ -96,6 +96,14 @@ def test_mask_token_hides_pixels(name):
     assert not torch.allclose(encoder(changed).patches, encoder(images).patches)
 
 
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"])
+def test_there_is_no_stochastic_depth_unless_asked_for(name: str):
+    encoder = build_encoder(
+        EncoderSettings(name=name), in_chans=3, sizes={"v": (256, 256) if "v2" in name else (224, 224)}
+    )
+    assert encoder.noise_rows == 0  # timm's Swin has a rate of 0.1 of its own
+
+
 def test_stochastic_depth_is_a_function_of_the_noise():
     encoder = build_encoder(
         EncoderSettings(name="vit_tiny_patch16_224", args=SMALL_VIT, drop_path=0.5), in_chans=3, sizes={"v": (32, 32)}

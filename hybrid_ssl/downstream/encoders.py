@@ -54,8 +54,7 @@ def open_encoder(
         raise ValueError("encoder.name is empty: give the encoder on the command line, a folder or a timm model name")
     chosen = size if cfg.size is None else cfg.size
     height, width = (chosen, chosen) if isinstance(chosen, int) else (chosen[0], chosen[-1])
-    if cfg.drop_path:
-        args["drop_path_rate"] = cfg.drop_path
+    args["drop_path_rate"] = cfg.drop_path  # also 0: timm's Swin has a rate of its own
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = load_encoder(cfg.name, size=(height, width), pretrained=not cfg.random, dynamic=dynamic, **args)

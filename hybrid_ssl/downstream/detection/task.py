@@ -28,6 +28,7 @@ from .samples import CocoSamples, find_images, find_split
 from .settings import DetectionModel, DetectionRecipe
 
 _SHOWN = 6  # test images of the picture
+_SURE = 0.3  # score of what it shows: short trainings are not sure of much
 
 
 class DetectionTask(Task):
@@ -104,8 +105,8 @@ class DetectionTask(Task):
         for i, image in readable:
             truth = self.test.objects(i, masks=self.masks)
             columns["truth"].append(draw_objects(image, truth.boxes, truth.labels, self.classes, None, truth.masks))
-            columns["prediction"].append(model.draw(image, model.predict(image)))
-        notes = {"truth": f"{len(readable)} test images", "prediction": "score 0.5 and more"}
+            columns["prediction"].append(model.draw(image, model.predict(image), _SURE))
+        notes = {"truth": f"{len(readable)} test images", "prediction": f"score {_SURE:g} and more"}
         pages = [Column(title, notes[title], _one_size(pictures)) for title, pictures in columns.items()]
         path.parent.mkdir(parents=True, exist_ok=True)
         sheet(pages, _SHOWN, cell=384, blocks=2).save(path)

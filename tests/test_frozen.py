@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hybrid_ssl.assemble import Layout, build_groups, build_pretrainer, describe_plan, used_views
 from hybrid_ssl.checkpoint import latest, load
-from hybrid_ssl.config import Recipe, RecipeError, build_recipe
+from hybrid_ssl.config import Recipe, build_recipe
 from hybrid_ssl.data.loader import Loader
 from hybrid_ssl.data.sources import open_source
 from hybrid_ssl.frozen import Frozen, FrozenSettings
@@ -22,6 +22,7 @@ from hybrid_ssl.hub.facts import CardFacts
 from hybrid_ssl.nn.distributed import rank, world_size
 from hybrid_ssl.plan import Forward, Progress
 from hybrid_ssl.pretrainer import Pretrainer
+from hybrid_ssl.reading import RecipeError
 from hybrid_ssl.train import pretrain
 from tests.objectives.harness import average
 from tests.ranks import run_two_ranks

@@ -43,7 +43,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "outcome": MODEL | {"pretrainer", "data", "monitor", "config", "engine", "contract", "assemble", "hub"},
     "gallery": MODEL | {"pretrainer", "data", "monitor", "config"},
     "train": MODEL | RUN | {"optim", "pretrainer", "data", "storage", "checkpoint", "monitor", "config", "hub"},
-    "downstream": MODEL | {"reading", "optim", "data", "storage", "checkpoint", "monitor", "config", "engine", "contract", "assemble", "hub"},
+    "downstream": MODEL
+    | {"reading", "optim", "data", "storage", "checkpoint", "monitor", "config", "engine", "contract", "assemble", "hub"},
     "anomaly": {"encoder", "data", "monitor", "hub"},
     "cli": {"config", "train", "hub", "downstream", "anomaly", "tokenizer"},
 }

@@ -133,7 +133,7 @@ def _family_args(plain: nn.Module, size: tuple[int, int], several: bool, fresh: 
     if isinstance(plain, Beit):
         return {"img_size": size}  # its tables of relative positions are for one size
     if isinstance(plain, SwinTransformer | SwinTransformerV2):
-        # timm's Swin has a rate of 0.1 of its own; smaller crops than the model's size: windows are padded, as timm does
+        # timm's Swin has a rate of 0.1 of its own; smaller crops than its size: windows are padded, as timm does
         return {"img_size": size, "drop_path_rate": 0.0} | ({"strict_img_size": False} if several else {})
     if not isinstance(plain, VisionTransformer | Eva):
         return {}

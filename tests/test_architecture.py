@@ -40,11 +40,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "journal": {"schedule", "config", "engine", "monitor"},
     "engine": {"config", "plan", "nn"},
     "hub": MODEL | {"exported", "storage", "checkpoint", "config", "data", "monitor"},
-    "outcome": MODEL | {"pretrainer", "data", "monitor", "config", "engine", "contract", "assemble", "hub"},
+    "outcome": MODEL | {"pretrainer", "data", "monitor", "config", "engine", "hub"},
     "gallery": MODEL | {"pretrainer", "data", "monitor", "config"},
     "train": MODEL | RUN | {"optim", "pretrainer", "data", "storage", "checkpoint", "monitor", "config", "hub"},
     "downstream": MODEL
-    | {"reading", "optim", "data", "storage", "checkpoint", "monitor", "config", "engine", "contract", "assemble", "hub"},
+    | {"reading", "optim", "data", "storage", "checkpoint", "monitor", "config"}
+    | {"engine", "contract", "assemble", "hub"},
     "anomaly": {"encoder", "data", "monitor", "hub"},
     "cli": {"config", "train", "hub", "downstream", "anomaly", "tokenizer"},
 }

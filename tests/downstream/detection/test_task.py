@@ -1,22 +1,29 @@
-"""The task as the command line runs it: trained, measured, stored, drawn; bad data."""
+"""The task as the command line runs it: trained, measured, stored, drawn; bad data; two processes."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from PIL import Image
+from torch.nn.parallel import DistributedDataParallel
 
 from hybrid_ssl.downstream.detection import DetectionTask
 from hybrid_ssl.downstream.stored import load_model
+from hybrid_ssl.downstream.task import Batch
 from hybrid_ssl.downstream.tasks import read_task_recipe
 from tests.downstream.detection.made import coco, make_coco, make_recipe, scene, write
 from tests.downstream.tiny import export_tiny, finetune
+from tests.ranks import run_two_ranks
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +123,45 @@ def test_empty_images_and_the_limit_are_as_the_recipe_says(tmp_path: Path, encod
         for section in ({}, {"empty_images": False}, {"limit": 2})
     ]
     assert sizes == [5, 4, 2]
+
+
+def in_one_rank(data: str, encoder: str) -> dict[str, Any]:
+    """Measure a share of the test set; then train on an empty batch in one of two processes."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    rank = dist.get_rank() if world > 1 else 0
+    AcceleratorState._reset_state(reset_partial_state=True)
+    # as a launcher sets them; Accelerate finds the group that is there
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
+    os.environ.update({name: str(value) for name, value in names.items()} if world > 1 else {})
+    accelerator = Accelerator(cpu=True)
+    assert (accelerator.process_index, accelerator.num_processes) == (rank, world)
+    task = DetectionTask(make_recipe(Path(data), encoder, model={"score": 0.0}))
+    ids = tuple(range(rank, len(task.test), world))
+    images, targets = task.collate([task.test.read(i, None) for i in ids])
+    numbers = task.evaluate(task.model.eval(), [Batch(images, targets, ids)], accelerator)
+    if world == 1:
+        return {"numbers": numbers}
+    model = DistributedDataParallel(task.model.train())
+    images, targets = task.collate([task.train.read(i, None) for i in range(2)])
+    targets = [{**target, "masks": torch.ones(len(target["boxes"]), 32, 32, dtype=torch.uint8)} for target in targets]
+    if rank:
+        targets = [{name: value[:0] for name, value in target.items()} for target in targets]
+    norms = []
+    for _ in range(2):  # a parameter without gradient would stop the second pass
+        model.zero_grad()
+        torch.stack(list(model(images, targets).values())).sum().backward()
+        norms.append(sum(float(p.grad.norm()) for p in task.model.parameters() if p.grad is not None))
+    return {"numbers": numbers, "norm": norms[0]}
+
+
+def test_two_processes_measure_as_one_and_train_with_an_empty_batch(tmp_path: Path, encoder: Path) -> None:
+    data = make_coco(tmp_path, 2, 5)
+    both = run_two_ranks(in_one_rank, str(data), str(encoder))
+    alone = in_one_rank(str(data), str(encoder))
+    assert both[0]["numbers"].keys() == alone["numbers"].keys()
+    for result in both:
+        assert result["numbers"] == pytest.approx(alone["numbers"], abs=1e-6)
+    assert both[0]["norm"] == pytest.approx(both[1]["norm"]) and both[0]["norm"] > 0
 
 
 FOLDER = Path(__file__).parents[3] / "recipes" / "finetune"

@@ -29,11 +29,13 @@ PARTS = ("views", "masks", "objectives")
 
 
 def alone() -> dict[str, dict[str, Any]]:
-    """Objective -> its reduced recipe as plain data, from the first recipe that has it, best alone."""
+    """Objective -> its reduced recipe as plain data, from the first recipe from scratch that has it, best alone."""
     found: dict[str, dict[str, Any]] = {}
     for single in (True, False):
         for path in RECIPES:
             recipe = reduced(path)
+            if recipe.encoder.init is not None:
+                continue
             names = list(recipe.used_names.values())
             for name in names:
                 if name not in found and (len(names) == 1 or not single) and recipe.encoder.name.startswith("vit"):

@@ -13,9 +13,9 @@ together() {  # runs the commands of stdin, one a line, two at a time
 }
 
 job() {  # NAME RESULT COMMAND...: the command as a line for `together`, unless its result is there
-  name=$1 result=$2
+  log=$out/logs/$1.log result=$2
   shift 2
-  [ -e "$result" ] || echo "$* > '$out/logs/$name.log' 2>&1 || echo '$name failed: $out/logs/$name.log'"
+  [ -e "$result" ] || echo "$* > '$log' 2>&1 || echo 'failed: $log'"
 }
 
 for arch in vit swin; do

@@ -1,6 +1,7 @@
 """The command line: argument parsing, exit codes, and errors as sentences. Everything else is a call into a room.
 
-Exit codes: 0 done, 2 something the user has to change (one message on stderr, no traceback), 130 interrupted; others
+Exit codes: 0 done, 2 something the user has to change (one message on stderr, no traceback), 5 the disk
+refused, 130 interrupted; others
 are those of the command. Rooms are imported inside the commands, so that help and a wrong recipe answer at once.
 """
 
@@ -12,10 +13,13 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .downstream import KINDS
+from .storage import StorageError
 
 USER_ERROR = 2
+STORAGE = 5
 INTERRUPTED = 130
 
 
@@ -124,7 +128,24 @@ def tokenizer(args: argparse.Namespace) -> int:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hybrid-ssl", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (
+        _pretrain_arguments,
+        _finetune_arguments,
+        _evaluate_arguments,
+        _results_arguments,
+        _predict_arguments,
+        _anomaly_arguments,
+        _export_arguments,
+        _push_arguments,
+        _tokenizer_arguments,
+    ):
+        add(commands)
+    for command in commands.choices.values():
+        command.add_argument("--traceback", action="store_true", help="on an error, show where it was raised")
+    return parser
 
+
+def _pretrain_arguments(commands: Any) -> None:
     command = commands.add_parser("pretrain", help="pretrain an encoder after a recipe", description=pretrain.__doc__)
     command.set_defaults(run=pretrain)
     command.add_argument("recipe", metavar="RECIPE", help="a .yaml file, see recipes/")
@@ -133,6 +154,8 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--dry-run", action="store_true", help="build everything, run one step, keep nothing")
     command.add_argument("--resume", action="store_true", help="continue the run in run.out at its very step")
 
+
+def _finetune_arguments(commands: Any) -> None:
     command = commands.add_parser(
         "finetune", help="train an encoder for labels, boxes, masks or pixels", description=finetune.__doc__
     )
@@ -149,6 +172,8 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, help="of new heads, order and augmentation")
     command.add_argument("--resume", action="store_true", help="continue the run in run.out at its very step")
 
+
+def _evaluate_arguments(commands: Any) -> None:
     command = commands.add_parser("evaluate", help="measure frozen features", description=evaluate.__doc__)
     command.set_defaults(run=evaluate)
     command.add_argument(
@@ -164,11 +189,15 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--cache", help="folder for features that several evaluations share; default: in OUT")
     command.add_argument("--seed", type=int, help="of random weights, heads and held-out images")
 
+
+def _results_arguments(commands: Any) -> None:
     command = commands.add_parser("results", help="put numbers side by side", description=results.__doc__)
     command.set_defaults(run=results)
     command.add_argument("folders", metavar="FOLDER", nargs="+", help="searched for results.json, at any depth")
     command.add_argument("--out", default="tables", help="folder for table.md, table.png and table.json")
 
+
+def _predict_arguments(commands: Any) -> None:
     command = commands.add_parser("predict", help="run a fine-tuned model on images", description=predict.__doc__)
     command.set_defaults(run=predict)
     command.add_argument("model", metavar="MODEL", help="a fine-tuning run's folder, or its `model` folder")
@@ -177,6 +206,8 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--split", default="train", help="of a data set, or of a folder with train, val, test")
     command.add_argument("--device", default="auto", help="default: a GPU if there is one")
 
+
+def _anomaly_arguments(commands: Any) -> None:
     command = commands.add_parser(
         "anomaly", help="score pictures by how abnormal they are", description=anomaly.__doc__
     )
@@ -190,6 +221,8 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--shown", type=int, default=16, help="pictures on heat.png")
     command.add_argument("--device", default="cpu", help="where the encoder runs")
 
+
+def _export_arguments(commands: Any) -> None:
     command = commands.add_parser("export", help="write an encoder for others", description=export.__doc__)
     command.set_defaults(run=export)
     command.add_argument("place", metavar="RUN_OR_CHECKPOINT", help="a run's folder, one checkpoint, or an export")
@@ -200,6 +233,8 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--licence", help="licence of the weights, as the Hub names it; default: as the recipe says")
     command.add_argument("--no-verify", action="store_true", help="do not load it again to compare outputs")
 
+
+def _push_arguments(commands: Any) -> None:
     command = commands.add_parser("push", help="upload an exported encoder", description=push.__doc__)
     command.set_defaults(run=push)
     command.add_argument("export", metavar="EXPORT", help="an exported folder, or a run's folder")
@@ -207,6 +242,8 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--private", action="store_true", help="make it private; refuse one that is public")
     command.add_argument("--message", help="of the commit")
 
+
+def _tokenizer_arguments(commands: Any) -> None:
     command = commands.add_parser(
         "tokenizer", help="train the tokenizer whose ids beit predicts", description=tokenizer.__doc__
     )
@@ -230,10 +267,6 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--workers", type=int, default=2, help="loader processes (default: 2)")
     command.add_argument("--log-every", type=int, default=500, help="steps between two lines (default: 500)")
     command.add_argument("--device", default="auto", help="default: a GPU if there is one")
-
-    for command in commands.choices.values():
-        command.add_argument("--traceback", action="store_true", help="on an error, show where it was raised")
-    return parser
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -261,6 +294,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             time.sleep(3)  # launchers stop all processes when one ends: let the first say why
         return USER_ERROR
+    except StorageError as error:  # what is written is complete or absent
+        if args.traceback:
+            raise
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return STORAGE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

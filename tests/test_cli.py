@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from hybrid_ssl.cli import main
+from hybrid_ssl.storage import StorageError
 
 
 @pytest.fixture
@@ -76,3 +77,14 @@ def test_every_target_of_an_export_can_be_asked_for() -> None:
     assert commands.choices is not None
     to = next(action for action in commands.choices["export"]._actions if action.dest == "to")
     assert list(to.choices or ()) == [TIMM, *TARGETS]
+
+
+def test_a_disk_that_refuses_is_exit_code_5(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: object, **options: object) -> None:
+        raise StorageError("cannot write out: No space left on device")
+
+    monkeypatch.setattr("hybrid_ssl.hub.targets.export_to", full)
+    assert main(["export", "a", "b"]) == 5
+    assert capsys.readouterr().err == "error: cannot write out: No space left on device\n"

@@ -106,7 +106,7 @@ class Taps:
 
 
 def taps_of(encoder: Any) -> Taps:
-    """A ViT is read after each quarter of its blocks (as BEiT and MAE do for UPerNet), a Swin after each stage.
+    """A ViT is read after each quarter of its blocks (BEiT and MAE: after 4, 6, 8, 12 of 12), a Swin after each stage.
 
     Raises:
         ValueError: the model gives no intermediate maps.

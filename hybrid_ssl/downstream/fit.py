@@ -191,6 +191,9 @@ class Fit:
                 done += 1
                 self.seconds = earlier + time.perf_counter() - began
                 code = self._after(done) or stop_code(stop.agreed(done, 0)[0])
+        except ValueError:  # too many broken samples: what was learned is kept
+            self.save(done)
+            raise
         finally:
             stop.restore()
         if code == NON_FINITE:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..storage import StorageError
+
 RESULTS = "results.json"
 
 
@@ -52,6 +54,9 @@ def write_results(
         data: facts about the data, without paths.
         seconds: of training or fitting.
         more: anything else that is JSON, e.g. `history`, `steps`, `settings`.
+
+    Raises:
+        StorageError: the disk refuses; an earlier file is as it was.
     """
     content = {
         "task": task,
@@ -65,7 +70,10 @@ def write_results(
         "hardware": hardware,
         **more,
     }
-    folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{RESULTS}.tmp"
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    return temporary.replace(folder / RESULTS)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        return temporary.replace(folder / RESULTS)
+    except OSError as error:
+        raise StorageError(f"cannot write {folder / RESULTS}: {error.strerror or error}") from error

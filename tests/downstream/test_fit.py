@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from hybrid_ssl.checkpoint import checkpoints
+from hybrid_ssl.downstream.batches import Broken
 from hybrid_ssl.downstream.classification.samples import LabelledImages
 from hybrid_ssl.downstream.fit import Fit
 from hybrid_ssl.downstream.stored import load_model
@@ -124,6 +126,37 @@ def test_broken_samples_are_named_and_replaced(
     assert capsys.readouterr().out.count("left out, training sample") == 1
     broken = results(tmp_path / "lax")["broken"]
     assert list(broken["training"].values()) == list(broken["test"].values()) == ["is truncated"]
+
+
+def test_too_many_broken_samples_end_the_run_with_what_was_learned(
+    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Fit.step
+
+    def stepped(self: Fit, now: Any, batches: Any) -> None:
+        if now.step == 4:
+            self.broken["training"].note([Broken("a.png", "is cut off"), Broken("b.png", "is cut off")])
+        original(self, now, batches)
+
+    monkeypatch.setattr(Fit, "step", stepped)
+    assert run(encoder, tmp_path / "out") == 2
+    assert checkpoints(tmp_path / "out" / "checkpoints")[0].name == "step-00000004"
+
+
+def test_a_full_disk_at_the_end_is_exit_code_5(
+    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = Path.write_text
+
+    def full(self: Path, *args: Any, **options: Any) -> int:
+        if "results.json" in self.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(self, *args, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert run(encoder, tmp_path / "out") == 5
+    assert "results.json: No space left on device" in capsys.readouterr().err
+    assert checkpoints(tmp_path / "out" / "checkpoints")[0].name == "step-00000007"
 
 
 @pytest.mark.parametrize(

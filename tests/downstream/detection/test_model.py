@@ -69,7 +69,7 @@ def test_every_kind_learns_and_every_parameter_has_a_gradient(
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW([parameter for _, parameter in trained], lr=1e-3)
     totals = []
-    for step in range(14):
+    for step in range(30):
         torch.manual_seed(0)  # the same anchors are sampled
         losses = model(images, targets)
         total = torch.stack(list(losses.values())).sum()
@@ -80,7 +80,7 @@ def test_every_kind_learns_and_every_parameter_has_a_gradient(
             assert not [name for name, parameter in trained if parameter.grad is None]
         optimizer.step()
         totals.append(total.item())
-    assert min(totals) < 0.92 * totals[0], totals
+    assert totals[-1] < 0.9 * totals[0], totals
     empty = [{name: value[:0] for name, value in target.items()} for target in targets]
     optimizer.zero_grad()
     torch.stack(list(model(images, empty).values())).sum().backward()

@@ -10,7 +10,7 @@ import os
 import platform
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Hashable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor
 
 from . import __version__
 from .config import RunSettings
-from .nn.distributed import gather_no_grad
+from .nn.distributed import gather_no_grad, gather_objects
 from .plan import Batch
 
 DONE, NON_FINITE, COLLAPSED, STORAGE = 0, 3, 4, 5
@@ -111,14 +111,21 @@ class StopSignal:
         self.accelerator, self.number = accelerator, 0
         self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
 
-    def agreed(self, step: int, broken: int) -> tuple[int, int]:
-        """(the signal that all processes stop for now, or 0; the broken images of all processes)."""
+    def agreed(self, step: int, broken: Collection[Hashable], limit: float) -> tuple[int, int]:
+        """(the signal that all processes stop for now, or 0; how many samples are broken, over all processes).
+
+        Processes meet the same broken samples in other epochs: where their counts together pass the limit, each is
+        counted once.
+        """
         if self.accelerator.num_processes == 1:
-            return self.number, broken
+            return self.number, len(broken)
         if step % self.EVERY:
             return 0, 0
-        both = gather_no_grad(torch.tensor([[self.number, broken]], device=self.accelerator.device))  # [W, 2]
-        return int(both[:, 0].max()), int(both[:, 1].sum())
+        both = gather_no_grad(torch.tensor([[self.number, len(broken)]], device=self.accelerator.device))  # [W, 2]
+        count = int(both[:, 1].sum())
+        if count > limit:  # the same on all: they gather, or none does
+            count = len(set().union(*gather_objects(set(broken))))
+        return int(both[:, 0].max()), count
 
     def restore(self) -> None:
         for number, handler in self._before.items():

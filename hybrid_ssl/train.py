@@ -225,8 +225,8 @@ class Run:
 
     def _stopped(self, stop: StopSignal, done: int) -> int:
         """Exit code if a signal has come to any process; ValueError if together they met too many broken images."""
-        number, broken = stop.agreed(done, len(self.loader.broken))
         limit = self.recipe.data.max_broken
+        number, broken = stop.agreed(done, self.loader.broken, limit * len(self.source))
         if broken > limit * len(self.source):
             raise ValueError(
                 f"{broken} of {len(self.source)} images are broken, more than data.max_broken={limit:g}; their names "

@@ -165,7 +165,8 @@ def agree() -> dict[str, Any]:
     accelerator = Accelerator(cpu=True)
     stop = StopSignal(accelerator)
     stop.number = int(signal.SIGTERM) if rank() == 1 else 0
-    found = {"between": stop.agreed(9, rank() + 1), "due": stop.agreed(10, rank() + 1)}
+    met = ["a", "b", "c"][rank() : rank() + 2]  # "b" by both
+    found = {"between": stop.agreed(9, met, 3), "few": stop.agreed(10, met, 4), "many": stop.agreed(10, met, 3)}
     stop.restore()
     return found | {"saved": [agreed(accelerator, True), agreed(accelerator, rank() == 1)]}
 
@@ -203,7 +204,8 @@ def test_two_processes_equal_one_after_five_steps(
 
 def test_processes_stop_together_and_count_broken_images_together(two_ranks: list[dict[str, Any]]) -> None:
     for result in two_ranks:  # a meeting every ten steps: each costs a wait for the device
-        found = {"between": (0, 0), "due": (int(signal.SIGTERM), 3), "saved": [True, False]}
+        term = int(signal.SIGTERM)
+        found = {"between": (0, 0), "few": (term, 4), "many": (term, 3), "saved": [True, False]}
         assert result["agreement"] == found
 
 

@@ -139,7 +139,8 @@ class Loader:
         A loader process that dies is replaced, and the batches go on where they were, at most three times in a row.
 
         Raises:
-            ValueError: more than `data.max_broken` of the images are broken.
+            ValueError: more than `data.max_broken` of the images are broken (of several processes none decides alone,
+                see `engine.StopSignal.agreed`), or too many in a row.
             RuntimeError: a bug, with its traceback, or loader processes that keep dying.
         """
         done = deaths = 0
@@ -197,7 +198,7 @@ class Loader:
             if self.on_broken:
                 self.on_broken(image)
         images = len(self.samples.source)
-        if len(self.broken) > self.max_broken * images:
+        if self._sizes["world"] == 1 and len(self.broken) > self.max_broken * images:
             last = list(self.broken.values())[-3:]
             raise ValueError(
                 f"{len(self.broken)} of {images} images are broken, more than data.max_broken={self.max_broken:g}: "

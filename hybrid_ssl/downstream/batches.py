@@ -8,7 +8,7 @@ in training, replaced by the one after it.
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, Dataset
 
 from ..data.order import BatchOrder, MicroBatch, keyed
+from ..nn.distributed import gather_objects, world_size
 from .task import Batch, Samples, Task
 
 _REPLACEMENTS = 20  # samples tried in place of a broken one before giving up
@@ -89,24 +90,35 @@ class Counter:
         what: `training` or `test`.
         samples: the list.
         limit: share of them that may be broken.
-        say: where a line goes to.
+        say: where a line goes to; called in the process that met the sample.
     """
 
-    def __init__(self, what: str, samples: Samples, limit: float, say: Any) -> None:
-        self.what, self.samples, self.limit, self.say = what, len(samples), limit, say
+    def __init__(self, what: str, samples: Samples, limit: float, say: Callable[[str], None]) -> None:
+        self.what, self.samples, self.share, self.say = what, len(samples), limit, say
+        self.limit = limit * self.samples
         self.names: dict[str, str] = {}
 
     def note(self, broken: Sequence[Broken]) -> None:
-        """Count them; ValueError when there are too many."""
+        """Count them; ValueError when there are too many, of several processes by agreement only (`check`)."""
         for each in broken:
             if each.name not in self.names:
                 self.names[each.name] = each.reason
                 self.say(f"left out, {self.what} sample {each.name}: {each.reason}")
-        if len(self.names) > self.limit * self.samples:
+        if world_size() == 1:
+            self.check(len(self.names))
+
+    def merge(self) -> None:
+        """Every process learns what the others met; all call it."""
+        for names in gather_objects(self.names):
+            self.names |= names
+
+    def check(self, count: int) -> None:
+        """ValueError if `count`, of all processes, is too many."""
+        if count > self.limit:
             last = "; ".join(f"{name}: {reason}" for name, reason in list(self.names.items())[-3:])
             raise ValueError(
-                f"{len(self.names)} of {self.samples} {self.what} samples are broken, more than "
-                f"run.max_broken={self.limit:g}: {last}"
+                f"{count} of {self.samples} {self.what} samples are broken, more than "
+                f"run.max_broken={self.share:g}: {last or 'other processes name them'}"
             )
 
 

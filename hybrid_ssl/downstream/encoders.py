@@ -12,6 +12,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from ..encoder.base import mean_std
@@ -120,6 +121,12 @@ def taps_of(encoder: Any) -> Taps:
     else:
         indices = tuple(range(count))
     return Taps(indices, tuple(info[i]["num_chs"] for i in indices), tuple(int(info[i]["reduction"]) for i in indices))
+
+
+def stage_norms(taps: Taps) -> nn.ModuleList:
+    """A LayerNorm for each of a Swin's maps, as in its official detection and segmentation; the last one has the
+    encoder's own already. Maps of inner stages are sums of residuals of any size: unnormed they drown a new head."""
+    return nn.ModuleList([*(LayerNorm2d(channels) for channels in taps.channels[:-1]), nn.Identity()])
 
 
 def dense_maps(encoder: Any, images: Tensor, taps: Taps) -> list[Tensor]:

@@ -120,7 +120,7 @@ class Fit:
         self.seconds = 0.0
         self.log: RunLog | None = None
         self.broken = {
-            what: Counter(what, samples, run.max_broken, self.say)
+            what: Counter(what, samples, run.max_broken, self._tell)
             for what, samples in (("training", self.task.train), ("test", self.task.test))
         }
 
@@ -142,6 +142,13 @@ class Fit:
             self.log.line(text)
         elif self.main:
             print(text, flush=True)
+
+    def _tell(self, text: str) -> None:
+        """One line of this process, which no other can say."""
+        if self.main:
+            self.say(text)
+        else:
+            print(text, file=sys.stderr, flush=True)
 
     def run(self, out: Path, found: Path | None) -> int:
         """Train to the end, from the checkpoint `found` if there is one."""
@@ -190,7 +197,7 @@ class Fit:
                 self.step(Progress(done, self.total, self.order.steps_per_epoch), batches)
                 done += 1
                 self.seconds = earlier + time.perf_counter() - began
-                code = self._after(done) or stop_code(stop.agreed(done, 0)[0])
+                code = self._after(done) or self._stopped(stop, done)
         except ValueError:  # too many broken samples: what was learned is kept
             self.save(done)
             raise
@@ -203,6 +210,13 @@ class Fit:
             self.say(f"stopped by a signal at step {done} of {self.total}; saved. Continue with --resume")
             return code
         return self._finish(done)
+
+    def _stopped(self, stop: StopSignal, done: int) -> int:
+        """Exit code if a signal has come to any process; ValueError if together they met too many broken samples."""
+        counter = self.broken["training"]
+        number, broken = stop.agreed(done, counter.names, counter.limit)
+        counter.check(broken)
+        return stop_code(number)
 
     def step(self, now: Progress, batches: Any) -> None:
         """One optimizer step."""
@@ -281,6 +295,8 @@ class Fit:
         with torch.inference_mode(), self.accelerator.autocast():
             metrics = self.task.evaluate(model, batches, self.accelerator)
         self._train_mode()
+        self.broken["test"].merge()
+        self.broken["test"].check(len(self.broken["test"].names))
         self.history.append({"step": done, **metrics})
         if self.log is not None:
             self.log.record(done, {f"test/{name}": value for name, value in metrics.items()})
@@ -289,8 +305,9 @@ class Fit:
         return metrics
 
     def _finish(self, done: int) -> int:
+        self.save(done)  # before anything can go wrong with the test set
         metrics = self.measure(done)
-        self.save(done)
+        self.broken["training"].merge()
         if not self.main:
             return DONE
         task, cfg, run = self.task, self.recipe.encoder, self.recipe.run

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from hybrid_ssl.checkpoint import checkpoints
@@ -205,3 +206,31 @@ def test_torchrun_on_two_processes_equals_one(encoder: Path, tmp_path: Path) -> 
     assert losses(tmp_path / "two")[7]["loss"] == pytest.approx(losses(tmp_path / "one")[7]["loss"], rel=1e-4)
     single, pair = (load_file(tmp_path / out / "model" / "model.safetensors") for out in ("one", "two"))
     torch.testing.assert_close(pair, single, rtol=1e-3, atol=1e-5)
+
+
+def test_two_processes_count_broken_samples_once_and_end_together(encoder: Path, tmp_path: Path) -> None:
+    for split, count in (("train", 32), ("val", 20)):
+        for name in "ab":
+            (folder := tmp_path / "data" / split / name).mkdir(parents=True)
+            for i in range(count):
+                Image.effect_noise((16, 16), 30 + 50 * (name == "a")).save(folder / f"{i}.png")
+    for place in ("train/a/3.png", "train/b/3.png", "val/b/1.png"):
+        (tmp_path / "data" / place).write_bytes(b"no picture")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    words = [str(ROOT / "tools" / "finetune.py"), "classification", str(encoder), "--data", str(tmp_path / "data")]
+    words += [word for word in SMALL if "limit" not in word] + ["run.length=60 steps", "run.evaluate_every=60 steps"]
+
+    def launch(out: str, limit: float) -> subprocess.CompletedProcess[str]:
+        more = ["--out", str(tmp_path / out), f"run.max_broken={limit}"]
+        return subprocess.run([*command, *words, *more], capture_output=True, text=True, timeout=200, cwd=ROOT)
+
+    # in 7 epochs each process meets both broken images: 4 of 64 if they were counted twice, more than 0.04
+    kept = launch("kept", 0.04)
+    assert kept.returncode == 0, kept.stderr[-3000:]
+    broken = results(tmp_path / "kept")["broken"]
+    found = {what: sorted(Path(name).name for name in names) for what, names in broken.items()}
+    assert found == {"training": ["3.png", "3.png"], "test": ["1.png"]}
+    ended = launch("ended", 0.026)
+    assert ended.returncode != 0
+    assert "2 of 64 training samples are broken, more than run.max_broken=0.026" in ended.stderr
+    assert checkpoints(tmp_path / "ended" / "checkpoints") and not (tmp_path / "ended" / "results.json").exists()

@@ -30,6 +30,7 @@ from .heads import build_detector
 from .pictures import draw_objects
 from .pyramid import Pyramid, show
 from .settings import DetectionModel
+from .windows import use_windows
 
 
 class Detector(nn.Module):
@@ -58,6 +59,8 @@ class Detector(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder, self.taps, self.classes, self.cfg = encoder, taps, list(classes), cfg
+        if cfg.window is not None:
+            use_windows(encoder, taps, cfg.window)
         self.pyramid = Pyramid(taps, cfg.strides, cfg.channels)
         square = -(-cfg.size // self.pyramid.unit) * self.pyramid.unit
         self.detector = build_detector(cfg, _Maps(self.maps, cfg.channels), len(classes), self.pyramid.strides, square)

@@ -2,8 +2,8 @@
 
 A ViT has one resolution. ViTDet's simple feature pyramid (arXiv 2203.16527) makes every level from its last map alone:
 finer ones by transposed convolutions, coarser ones by pooling, then a 1x1 and a 3x3 convolution, each with a
-LayerNorm over channels. A Swin's stages already are levels and get FPN's top-down path (arXiv 1612.03144). Both add one
-more level by pooling, for proposals of the largest objects.
+LayerNorm over channels. A Swin's stages already are levels: each is normed, as in Swin's own detection, and FPN's
+top-down path (arXiv 1612.03144) joins them. Both add one more level by pooling, for proposals of the largest objects.
 
 Detectors want strides that are powers of two. A ViT whose patches are not (14 pixels) is shown the picture at 14/16 of
 its size, so that its map has stride 16 exactly.
@@ -23,7 +23,7 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 
-from ..encoders import Taps
+from ..encoders import Taps, stage_norms
 
 _VIT_STRIDES = (4, 8, 16, 32)  # ViTDet
 
@@ -40,7 +40,7 @@ class SimplePyramid(nn.Module):
 
 
 class StagePyramid(nn.Module):
-    """FPN over the stages whose strides are wanted; coarser levels than the last stage are pooled from it."""
+    """FPN over the normed stages whose strides are wanted; coarser levels than the last stage are pooled from it."""
 
     def __init__(self, taps: Taps, strides: Sequence[int], channels: int) -> None:
         super().__init__()
@@ -52,10 +52,12 @@ class StagePyramid(nn.Module):
             )
         self.used = [i for i, stride in enumerate(taps.strides) if stride in strides]
         self.pooled = len(strides) - len(self.used)
+        norms = stage_norms(taps)
+        self.norms = nn.ModuleList(norms[i] for i in self.used)
         self.fpn = FeaturePyramidNetwork([taps.channels[i] for i in self.used], channels)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        named = OrderedDict((str(i), maps[i]) for i in self.used)
+        named = OrderedDict((str(i), norm(maps[i])) for i, norm in zip(self.used, self.norms, strict=True))
         levels = list(self.fpn(named).values())
         for _ in range(self.pooled):
             levels.append(_coarser(levels[-1]))

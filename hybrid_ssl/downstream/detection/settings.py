@@ -70,6 +70,9 @@ class DetectionModel(Settings):
     a ViT (ViTDet), a Swin's own stages"""
     channels: int = Field(256, ge=8)
     """width of the pyramid and of dense heads"""
+    window: int | None = Field(None, ge=1)
+    """a ViT's tokens attend within squares of this side, except in the last block of each quarter; ViTDet: 14. It is
+    much cheaper for large images. null: attention is global everywhere"""
     anchors: list[list[float]] | None = None
     """sides of the anchors at each level, pooled one included; null: 8 x stride, RetinaNet 4 x stride in three sizes.
     FCOS has none"""

@@ -24,11 +24,10 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from ...nn.batchnorm2d import SyncBatchNorm2d
-from ..encoders import Taps
+from ..encoders import Taps, stage_norms
 from .settings import SegmentationModel
 
 Norm = Literal["group", "batch"]
@@ -102,8 +101,7 @@ class Levels(nn.ModuleList):
 
     def __init__(self, taps: Taps, norm: Norm) -> None:
         if len(set(taps.strides)) > 1:
-            inner: list[nn.Module] = [LayerNorm2d(c) for c in taps.channels[:-1]]
-            super().__init__([*inner, nn.Identity()])
+            super().__init__(stage_norms(taps))
             return
         up = round(math.log2(taps.strides[0] / _FINEST))  # how often the finest level doubles the sides
         super().__init__(_resample(c, up - i, norm) for i, c in enumerate(taps.channels))

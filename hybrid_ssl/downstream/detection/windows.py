@@ -1,4 +1,4 @@
-"""Window attention in most blocks of a plain ViT, as ViTDet has it (arXiv 2203.16527): what makes 1024 pixels affordable.
+"""Window attention in a plain ViT, as ViTDet has it (arXiv 2203.16527): it makes 1024 pixels affordable.
 
 Attention over all tokens of a picture grows with the square of their number: 4,096 tokens at 1024 pixels. ViTDet lets
 tokens attend within squares of 14 x 14 only, except in four blocks, the last of each quarter, which attend globally.

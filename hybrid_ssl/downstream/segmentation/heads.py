@@ -1,6 +1,7 @@
 """From an encoder's maps to scores of classes: a linear head, and UPerNet.
 
-`LinearHead` is DINOv2's linear evaluation (arXiv 2304.07193): BatchNorm and a 1x1 convolution on the last map.
+`LinearHead` is DINOv2's linear evaluation (arXiv 2304.07193): BatchNorm and a 1x1 convolution on the last map, or on
+several layers side by side, which for a Swin are its stages.
 
 `UPerHead` is UPerNet (arXiv 1807.10221): pyramid pooling (arXiv 1612.01105) on the coarsest map, a feature pyramid with
 lateral connections, all levels fused at the finest one. It wants a pyramid. A Swin's stages are one; as in its official
@@ -37,16 +38,19 @@ _POOLS = (1, 2, 3, 6)  # rows and columns of the pooled maps, PSPNet's
 
 
 class LinearHead(nn.Module):
-    """BatchNorm and a 1x1 convolution on the last map."""
+    """BatchNorm and a 1x1 convolution on the last map, or on all of them, side by side at the finest one's size."""
 
-    def __init__(self, channels: Sequence[int], classes: int) -> None:
+    def __init__(self, channels: Sequence[int], classes: int, every: bool = False) -> None:
         super().__init__()
-        self.norm = SyncBatchNorm2d(channels[-1])
-        self.classify = _classifier(channels[-1], classes)
+        self.used = list(channels) if every else list(channels[-1:])
+        self.norm = SyncBatchNorm2d(sum(self.used))
+        self.classify = _classifier(sum(self.used), classes)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """[B, D, h, w] of each tap -> [B, K, h, w] at the last one's resolution."""
-        out: Tensor = self.classify(self.norm(maps[-1]))
+        """[B, D, h, w] of each tap -> [B, K, h, w] at the finest used one's resolution."""
+        used = maps[-len(self.used) :]
+        x = torch.cat([_resized(each, used[0]) for each in used], dim=1)
+        out: Tensor = self.classify(self.norm(x))
         return out
 
 

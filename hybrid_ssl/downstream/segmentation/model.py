@@ -57,7 +57,11 @@ class Segmenter(nn.Module):
         self.taps, self.auxiliary_weight = taps_of(encoder), cfg.auxiliary
         count = len(classes)
         linear = cfg.head == "linear"
-        self.head = LinearHead(self.taps.channels, count) if linear else UPerHead(self.taps, cfg, count)
+        self.head: nn.Module
+        if linear:
+            self.head = LinearHead(self.taps.channels, count, every=cfg.maps == "all")
+        else:
+            self.head = UPerHead(self.taps, cfg, count)
         self.auxiliary: ConvHead | None = None
         if cfg.auxiliary and not linear:
             self.auxiliary = ConvHead(self.taps.channels, cfg.auxiliary_channels, count, cfg.norm, cfg.dropout)

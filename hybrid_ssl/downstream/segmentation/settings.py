@@ -60,8 +60,11 @@ class SegmentationModel(Settings):
     """The head."""
 
     head: Literal["linear", "upernet"] = "upernet"
-    """`linear`: BatchNorm and a 1x1 convolution on the last map (DINOv2); `upernet`: pyramid pooling and a feature
-    pyramid over four maps"""
+    """`linear`: BatchNorm and a 1x1 convolution (DINOv2); `upernet`: pyramid pooling and a feature pyramid over four
+    maps"""
+    maps: Literal["last", "all"] = "last"
+    """what the linear head reads: the last map, or all side by side at the finest one's resolution (DINOv2's four
+    layers; of a Swin, whose last map is coarse, the stages). UPerNet reads all"""
     channels: int = Field(512, ge=16)
     """width of UPerNet"""
     norm: Literal["batch", "group"] = "batch"

@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hybrid_ssl.downstream.encoders import Taps, taps_of
@@ -26,6 +26,7 @@ from tests.runs import SWIN, VIT
 SIZE = 16
 HEADS: dict[str, dict[str, Any]] = {
     "linear": {"head": "linear"},
+    "linear-all": {"head": "linear", "maps": "all"},
     "upernet": {"channels": 16, "auxiliary_channels": 16, "dropout": 0.0},
     "upernet-group": {"channels": 16, "auxiliary_channels": 16, "dropout": 0.0, "norm": "group"},
 }
@@ -104,6 +105,21 @@ def test_twenty_steps_lower_the_loss_and_reach_every_parameter(family: str, head
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("family", ["vit", "swin"])
+def test_the_linear_head_reads_all_maps_at_the_finest_ones_size(family: str) -> None:
+    model = segmenter(family, "linear-all", window=None).double().train()
+    taps = model.taps
+    maps = [
+        torch.randn(2, d, 16 // s, 16 // s, dtype=torch.float64)
+        for d, s in zip(taps.channels, taps.strides, strict=True)
+    ]
+    fine = [nn.functional.interpolate(m, size=maps[0].shape[-2:], mode="bilinear") for m in maps]
+    rows = torch.cat(fine, dim=1).movedim(1, -1)  # [B, h, w, sum of D]
+    normed = (rows - rows.mean((0, 1, 2))) / (rows.var((0, 1, 2), correction=0) + 1e-5).sqrt()
+    expected = normed @ model.head.classify.weight.flatten(1).T
+    torch.testing.assert_close(model.head(maps).movedim(1, -1), expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("family", ["vit", "swin"])

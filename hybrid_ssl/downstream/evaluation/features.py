@@ -149,6 +149,7 @@ def _blank(how: Pass, parts: Collection[Part], pixels: bool) -> dict[str, Tensor
 def _readable(how: Pass, split: str, found: dict[str, Tensor], broken: list[Broken]) -> Split:
     counter = Counter("training" if split == "train" else "test", how.splits[split], how.max_broken, how.say)
     counter.note(broken)
+    counter.check(len(counter.names))  # of all processes already
     ok = found["ok"]
     if not ok.any():
         raise ValueError(f"none of the {len(ok)} {counter.what} images can be read")

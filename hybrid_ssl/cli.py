@@ -77,7 +77,7 @@ def predict(args: argparse.Namespace) -> int:
     """Draw what a fine-tuned model finds on images: labels, boxes, masks or classes of pixels."""
     from .downstream.predict import predict as run
 
-    print(run(args.model, args.images, Path(args.out), device=args.device, split=args.split))
+    print(run(args.model, args.images, Path(args.out), device=args.device, split=args.split, score=args.score))
     return 0
 
 
@@ -204,6 +204,7 @@ def _predict_arguments(commands: Any) -> None:
     command.add_argument("images", metavar="IMAGES", nargs="+", help="image files, or a folder, list or data set")
     command.add_argument("--out", default="predictions", help="a new folder")
     command.add_argument("--split", default="train", help="of a data set, or of a folder with train, val, test")
+    command.add_argument("--score", type=float, help="detection: least score of what is drawn (default: 0.5)")
     command.add_argument("--device", default="auto", help="default: a GPU if there is one")
 
 

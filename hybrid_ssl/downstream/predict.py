@@ -29,7 +29,15 @@ from ..data.sources import Images, open_named, printable
 from .stored import load_model
 
 
-def predict(model: str | Path, images: Sequence[str], out: Path, *, device: str = "auto", split: str = "train") -> str:
+def predict(
+    model: str | Path,
+    images: Sequence[str],
+    out: Path,
+    *,
+    device: str = "auto",
+    split: str = "train",
+    score: float | None = None,
+) -> str:
     """Run a model over images.
 
     Args:
@@ -38,17 +46,22 @@ def predict(model: str | Path, images: Sequence[str], out: Path, *, device: str 
         out: a new folder.
         device: `auto`: a GPU if there is one.
         split: of a data set, or of a folder with train, val, test.
+        score: of a detector, the least one of what is drawn, 0..1; the files have everything.
 
     Returns:
         a sentence for the user.
 
     Raises:
-        ValueError: no model, no images, none of them can be read, or `out` holds files.
+        ValueError: no model, no images, none of them can be read, `out` holds files, or a score for no detector.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is there already: choose a new folder")
     source = _open(images, split)
     net: Any = load_model(model)
+    if score is not None:
+        if not hasattr(net, "drawn") or not 0 <= score <= 1:
+            raise ValueError(f"--score {score:g}: give a number in 0..1, and only for a model of detection")
+        net.drawn = score
     place = _device(device)
     net.to(place)
     writer = Writer(out, net.classes)

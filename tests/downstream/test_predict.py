@@ -100,6 +100,18 @@ def test_boxes_and_masks_are_cocos(pictures: Path, tmp_path: Path, monkeypatch: 
     assert mask.shape == (30, 20) and mask.sum() == 9 and mask[1:4, 2:5].all()
 
 
+@pytest.mark.parametrize(("score", "drawn"), [(None, 0.5), (0.2, 0.2)])
+def test_a_score_decides_what_is_drawn_and_nothing_else(
+    score: float | None, drawn: float, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Fake("detection")
+    model.drawn = 0.5
+    monkeypatch.setattr(room, "load_model", lambda place: model)
+    predict("unused", [str(pictures / "a.jpg")], tmp_path / "out", device="cpu", score=score)
+    assert model.drawn == drawn
+    assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())["annotations"]) == 2
+
+
 def test_class_maps_are_stored_as_numbers(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     run("segmentation", pictures, out, monkeypatch)
@@ -128,6 +140,8 @@ def test_the_folder_has_to_be_new_and_something_readable(
     with pytest.raises(ValueError, match="none of the 1 images can be read.*broken.jpg"):
         predict("unused", [str(pictures / "broken.jpg")], tmp_path / "out", device="cpu")
     assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="--score 0.3: .* only for a model of detection"):
+        predict("unused", [str(pictures)], tmp_path / "out", device="cpu", score=0.3)
     with pytest.raises(ValueError, match="device 'tpu9' cannot be used"):
         predict("unused", [str(pictures)], tmp_path / "out", device="tpu9")
 

@@ -65,6 +65,8 @@ class Detector(nn.Module):
         square = -(-cfg.size // self.pyramid.unit) * self.pyramid.unit
         self.detector = build_detector(cfg, _Maps(self.maps, cfg.channels), len(classes), self.pyramid.strides, square)
         self.detector.transform = Canvas(Normalise(mean, std), cfg.size, square)
+        self.drawn = 0.5
+        """least score of what `draw` shows"""
         self.first = 1 if cfg.kind.endswith("rcnn") else 0
         """torchvision's number of the first class: the two-stage kinds have a background at 0"""
         _freeze_unread(self, len(mean), square)
@@ -94,9 +96,9 @@ class Detector(nn.Module):
             found["masks"] = paste(found["masks"], found["boxes"], (image.shape[1], image.shape[2]))
         return {**found, "names": [self.classes[label] for label in found["labels"].tolist()]}
 
-    def draw(self, image: Tensor, found: dict[str, Any], least: float = 0.5) -> Tensor:
-        """uint8 [3, h, w]: the image, enlarged if it is small, with what was found with a score of `least`."""
-        sure = found["scores"] >= least
+    def draw(self, image: Tensor, found: dict[str, Any], least: float | None = None) -> Tensor:
+        """uint8 [3, h, w]: the image, enlarged if it is small, with what has a score of `least` (null: `drawn`)."""
+        sure = found["scores"] >= (self.drawn if least is None else least)
         masks = found["masks"][sure] if "masks" in found else None
         return draw_objects(
             image, found["boxes"][sure], found["labels"][sure], self.classes, found["scores"][sure], masks

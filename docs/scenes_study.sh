@@ -2,7 +2,8 @@
 # The study of docs/downstream.md: pretrain two encoders on unlabelled scenes, then measure them against random weights.
 #   docs/scenes_study.sh SCENES OUT
 # Two jobs at a time with one thread each, which on two cores is about twice as fast as one job with two threads. What
-# has its results already is left out, so the study may be stopped and started again. Each job's words are in OUT/logs.
+# has its results already is left out, and what was stopped goes on, so the study may be started again. Each job is named
+# when it starts; its words are in OUT/logs.
 set -eu
 scenes=$1 out=$2
 export OMP_NUM_THREADS=1
@@ -13,9 +14,11 @@ together() {  # runs the commands of stdin, one a line, two at a time
 }
 
 job() {  # NAME RESULT COMMAND...: the command as a line for `together`, unless its result is there
-  log=$out/logs/$1.log result=$2
+  label=$1 log=$out/logs/$1.log result=$2 folder=$(dirname "$2") more=
   shift 2
-  [ -e "$result" ] || echo "$* > '$log' 2>&1 || echo 'failed: $log'"
+  [ -e "$result" ] && return
+  if ls "$folder"/checkpoints/step-* > /dev/null 2>&1; then more=--resume; else rm -rf "$folder"; fi
+  echo "date '+%H:%M $label'; $* $more >> '$log' 2>&1 || echo 'failed: $log'"
 }
 
 for arch in vit swin; do

@@ -9,8 +9,11 @@ import pytest
 import timm
 import torch
 
+from hybrid_ssl.downstream.detection.model import Detector
+from hybrid_ssl.downstream.detection.settings import DetectionModel
 from hybrid_ssl.downstream.detection.windows import use_windows
 from hybrid_ssl.downstream.encoders import dense_maps, taps_of
+from tests.downstream.detection.made import SMALL
 
 VIT: dict[str, Any] = {"embed_dim": 16, "num_heads": 2, "patch_size": 4, "img_size": 20, "num_classes": 0}
 
@@ -68,6 +71,21 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
         dense_maps(model, images, taps_of(model))[-1].square().sum().backward()
         found.append(model.blocks[0].attn.qkv.weight.grad.clone())
     assert found[0].abs().max() > 0 and torch.equal(*found)
+
+
+def test_a_detector_with_windows_has_the_same_weights_and_other_features() -> None:
+    read = {}
+    for window in (None, 2):
+        encoder = vit(img_size=32).float().train()
+        cfg = DetectionModel.model_validate(SMALL | {"window": window})
+        detector = Detector(encoder, taps_of(encoder), [0.5] * 3, [0.5] * 3, ["a", "b"], cfg)
+        level = detector.maps(torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32))[0]
+        level.square().sum().backward()
+        assert not [name for name, p in encoder.named_parameters() if p.requires_grad and p.grad is None]
+        read[window] = (level, detector.state_dict())
+    assert read[None][1].keys() == read[2][1].keys()
+    assert all(torch.equal(tensor, read[2][1][name]) for name, tensor in read[None][1].items())
+    assert not torch.allclose(read[None][0], read[2][0])
 
 
 @pytest.mark.parametrize(

@@ -188,8 +188,9 @@ def _freeze_unread(detector: Detector, channels: int, square: int) -> None:
     named = {name: parameter for name, parameter in ghost.encoder.named_parameters() if parameter.requires_grad}
     if not named:
         return
-    levels = ghost.maps(torch.empty(1, channels, square, square, device="meta"))
-    total = torch.stack([level.sum() for level in levels]).sum()
+    with torch.enable_grad():  # also where a model is loaded to predict
+        levels = ghost.maps(torch.empty(1, channels, square, square, device="meta"))
+        total = torch.stack([level.sum() for level in levels]).sum()
     gradients = torch.autograd.grad(total, list(named.values()), allow_unused=True)
     for name, gradient in zip(named, gradients, strict=True):
         if gradient is None:

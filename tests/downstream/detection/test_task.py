@@ -167,7 +167,7 @@ def test_two_processes_measure_as_one_and_train_with_an_empty_batch(tmp_path: Pa
 FOLDER = Path(__file__).parents[3] / "recipes" / "finetune"
 
 
-@pytest.mark.parametrize("name", ["detect_scenes", "vitdet_vitb_coco"])
+@pytest.mark.parametrize("name", ["detect_scenes", "mask_scenes", "vitdet_vitb_coco"])
 def test_recipes_parse_and_say_what_they_were_run_on(name: str) -> None:
     read_task_recipe("detection", FOLDER / f"{name}.yaml", [], {"encoder.name": "vit_tiny_patch16_224"})
     header = [line for line in (FOLDER / f"{name}.yaml").read_text().splitlines()[:12] if line.startswith("#")]
@@ -181,3 +181,4 @@ def test_vitdet_has_the_published_numbers() -> None:
     assert (optimizer.lr, optimizer.lr_per, recipe.run.batch_size, recipe.run.length) == (1e-4, 64, 64, "100 epochs")
     assert (optimizer.weight_decay, optimizer.layer_decay, recipe.encoder.drop_path) == (0.1, 0.7, 0.1)
     assert (recipe.model.size, recipe.augment.scale, recipe.model.rcnn.box_convs) == (1024, [0.1, 2.0], 4)
+    assert recipe.model.window == 14

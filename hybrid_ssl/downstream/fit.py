@@ -12,11 +12,12 @@ import math
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -380,7 +381,11 @@ class Fit:
     def restore(self, path: Path) -> int:
         """Load a checkpoint; the step to continue at."""
         tensors, state = checkpoint.load(path)
-        check_same(state["recipe"], self.recipe.model_dump(mode="json"), state["facts"], self.facts())
+        before = state["recipe"]
+        with suppress(ValidationError):  # written by another version: the differences say what
+            # keys that are newer than the checkpoint: the defaults
+            before = type(self.recipe).model_validate(before).model_dump(mode="json")
+        check_same(before, self.recipe.model_dump(mode="json"), state["facts"], self.facts())
         optimizer = checkpoint.unflatten(tensors, state["optimizer"])
         write_state(self.net, self.optimizer.optimizer, _below(tensors, "model."), optimizer)
         if self.average is not None:

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from hybrid_ssl import checkpoint
 from hybrid_ssl.checkpoint import checkpoints
 from hybrid_ssl.downstream.batches import Broken
 from hybrid_ssl.downstream.classification.samples import LabelledImages
@@ -55,6 +56,23 @@ def signal_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(Fit, "step", stepped)
+
+
+def test_a_checkpoint_that_lacks_a_newer_key_resumes(
+    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        signal_after(patch, 3)
+        assert run(encoder, tmp_path / "out") == 143
+    original = checkpoint.load
+
+    def older(path: Path) -> Any:
+        tensors, state = original(path)
+        del state["recipe"]["head"]["pool"]
+        return tensors, state
+
+    monkeypatch.setattr(checkpoint, "load", older)
+    assert run(encoder, tmp_path / "out", "--resume") == 0
 
 
 def test_resume_after_sigterm_equals_never_having_stopped(

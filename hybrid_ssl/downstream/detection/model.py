@@ -23,6 +23,7 @@ import torch
 from accelerate.utils import convert_to_fp32
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
+from torchvision.ops import nms
 
 from ..encoders import Normalise, Taps, dense_maps
 from .augment import fitted, resize
@@ -97,11 +98,15 @@ class Detector(nn.Module):
         return {**found, "names": [self.classes[label] for label in found["labels"].tolist()]}
 
     def draw(self, image: Tensor, found: dict[str, Any], least: float | None = None) -> Tensor:
-        """uint8 [3, h, w]: the image, enlarged if it is small, with what has a score of `least` (null: `drawn`)."""
-        sure = found["scores"] >= (self.drawn if least is None else least)
-        masks = found["masks"][sure] if "masks" in found else None
+        """uint8 [3, h, w]: the image, enlarged if it is small, with what has a score of `least` (null: `drawn`).
+
+        Where boxes overlap by more than half, whatever their classes, only the surest is drawn: else nobody sees them.
+        """
+        order = nms(found["boxes"], found["scores"], 0.5)
+        shown = order[found["scores"][order] >= (self.drawn if least is None else least)]
+        masks = found["masks"][shown] if "masks" in found else None
         return draw_objects(
-            image, found["boxes"][sure], found["labels"][sure], self.classes, found["scores"][sure], masks
+            image, found["boxes"][shown], found["labels"][shown], self.classes, found["scores"][shown], masks
         )
 
 

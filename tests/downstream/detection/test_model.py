@@ -140,6 +140,20 @@ def test_predictions_do_not_depend_on_the_rest_of_the_batch_and_fit_the_image(
     assert model.draw(wide, found, least=0.0).shape[0] == 3
 
 
+def test_of_boxes_that_overlap_the_surest_is_drawn(data: Path, encoders: dict[str, Path]) -> None:
+    model = DetectionTask(make_recipe(data, encoders["vit"], "faster_rcnn")).model
+    image = torch.randint(0, 256, (1, 32, 32), dtype=torch.uint8)
+    boxes = torch.tensor([[2.0, 2, 20, 20], [3.0, 3, 21, 20], [22.0, 22, 31, 31], [0.0, 20, 9, 30]])
+    found = {"boxes": boxes, "labels": torch.tensor([0, 1, 0, 1]), "scores": torch.tensor([0.4, 0.8, 0.6, 0.3])}
+    seen = {name: value[[1, 2]] for name, value in found.items()}
+    assert torch.equal(model.draw(image, found), model.draw(image, seen, least=0.0))
+    model.drawn = 0.2
+    assert torch.equal(model.draw(image, found), model.draw(image, {name: v[1:] for name, v in found.items()}, 0.0))
+    assert not torch.equal(model.draw(image, found), model.draw(image, seen))
+    nothing = {name: value[:0] for name, value in found.items()}
+    assert model.draw(image, nothing).shape == model.draw(image, found).shape
+
+
 def test_images_are_resized_once_normalised_and_padded_with_the_mean() -> None:
     canvas = Canvas(Normalise([0.5], [0.25]), 32, 48).eval()
     bright = torch.full((1, 64, 16), 255, dtype=torch.uint8)

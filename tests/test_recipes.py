@@ -80,7 +80,7 @@ SMALL_HEADS = {
     "cutpaste": ["hidden=32", "bottleneck=16"],
 }
 STAND_INS = {"depth": "{derive: sobel}", "semseg": "{derive: levels, classes: 5}"}
-SMALL_SIDE = {28: 28, 56: 16, 64: 64, 96: 32, 98: 32, 112: 32, 128: 32, 192: 64, 224: 64, 256: 64, 448: 128}
+SMALL_SIDE = {28: 28, 56: 16, 64: 64, 96: 32, 98: 32, 112: 32, 128: 64, 192: 64, 224: 64, 256: 64, 448: 128}
 
 
 def reduced(path: Path) -> Recipe:

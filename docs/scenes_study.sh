@@ -8,6 +8,10 @@ set -eu
 scenes=$1 out=$2
 export OMP_NUM_THREADS=1
 mkdir -p "$out/logs"
+if command -v flock > /dev/null; then  # jobs hold it too: a second study would take what they just began for left-overs
+  exec 9> "$out/.lock"
+  flock -n 9 || { echo "error: a study is running in $out" >&2; exit 2; }
+fi
 
 together() {  # runs the commands of stdin, one a line, two at a time
   xargs -d '\n' -P 2 -I{} sh -c '{}'

@@ -189,11 +189,13 @@ def _freeze_unread(detector: Detector, channels: int, square: int) -> None:
 
     DistributedDataParallel would wait for their gradients. Found on tensors without memory.
     """
+    if torch.is_inference_mode_enabled():  # a model that is loaded to predict: its parameters can get no gradient
+        return
     ghost = copy.deepcopy(detector).eval().to("meta")
     named = {name: parameter for name, parameter in ghost.encoder.named_parameters() if parameter.requires_grad}
     if not named:
         return
-    with torch.enable_grad():  # also where a model is loaded to predict
+    with torch.enable_grad():  # also below no_grad
         levels = ghost.maps(torch.empty(1, channels, square, square, device="meta"))
         total = torch.stack([level.sum() for level in levels]).sum()
     gradients = torch.autograd.grad(total, list(named.values()), allow_unused=True)

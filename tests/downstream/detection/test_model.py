@@ -106,13 +106,17 @@ def test_a_stored_detector_is_built_again_and_a_copy_is_independent(
 ) -> None:
     task = DetectionTask(make_recipe(data, encoders["swin"], kind, model={"score": 0.0}))
     model = task.model.eval()
-    with torch.no_grad():  # as people do who only predict
-        again = restore(json.loads(json.dumps(task.config())))
+    config = json.loads(json.dumps(task.config()))
+    with torch.inference_mode():  # as people do who only predict
+        predicting = restore(config)
+        predicting.load_state_dict(model.state_dict(), strict=True)
+    with torch.no_grad():
+        again = restore(config)
     again.load_state_dict(model.state_dict(), strict=True)
     twin = copy.deepcopy(model)
     image = task.test.read(0, None)[0]
     wanted = model.predict(image)
-    for other in (again.eval(), twin):
+    for other in (again.eval(), predicting.eval(), twin):
         found = other.predict(image)
         assert torch.equal(found["boxes"], wanted["boxes"]) and found["names"] == wanted["names"]
     with torch.no_grad():
